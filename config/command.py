@@ -1,0 +1,86 @@
+"""What every command line shares: the common options, one way to fail, one kind of progress bar.
+
+A command is a module with a `main()` that calls `run(command_function)`. Nothing heavy is imported before its
+arguments are understood, so `--help` and a wrong option answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from config.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from config.schema import Config
+
+Recipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="RECIPE.yaml", help="Settings over the defaults, such as config/recipes/demo.yaml."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Single settings over that, such as training.max_steps=100."),
+]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")]
+
+
+def run(function: Callable[..., Any], arguments: Sequence[str] | None = None) -> None:
+    """Run `function` as a typer command; exit 0, or 1 with one message on a `UserError`, or 130 on Ctrl-C."""
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    app.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})(function)
+    try:
+        app(args=list(arguments) if arguments is not None else None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def resolve(
+    recipe: Path | None, overrides: Sequence[str] | None, print_config: bool = False, base: Sequence[Path] = ()
+) -> Config:
+    """The configuration a command line asks for; with `print_config`, print it and exit.
+
+    `base` are recipes of the command itself, under the user's own.
+    """
+    from config.load import load_config, to_yaml
+
+    config = load_config([*base, *([recipe] if recipe else [])], overrides or [])
+    if print_config:
+        print(to_yaml(config), end="")
+        raise typer.Exit()
+    return config
+
+
+def progress(**options: Any) -> Progress:
+    """A progress bar with count, elapsed time and ETA, on standard error; silent where that is no terminal."""
+    from rich import progress as bars
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return bars.Progress(
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("ETA"),
+        bars.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        **options,
+    )

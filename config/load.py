@@ -1,0 +1,245 @@
+"""Reading the configuration: four YAML files, a recipe over them, the command line over that.
+
+Precedence: defaults < `extends:` chain < recipe < `section.key=value`. OmegaConf merges and interpolates; the result is
+validated into the frozen models of `config.schema`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from config.errors import UserError
+from config.files import write_text
+from config.schema import Config
+
+CONFIG_DIR = Path(__file__).parent
+SECTIONS = ("model", "training", "data", "generation")
+
+
+def load_config(recipes: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Config:
+    """Resolve the shipped defaults, `recipes` (later ones win) and `section.key=value` overrides into one whole.
+
+    Raises `UserError` naming the file, the key and the nearest right one, or the allowed values.
+    """
+    layers = [(str(path), layer) for recipe in recipes for path, layer in _recipe_chain(Path(recipe))]
+    layers += [(f"command line: {text}", _parse_override(text)) for text in overrides]
+    return _resolve(layers)
+
+
+def config_from_dict(tree: dict[str, Any], origin: str) -> Config:
+    """Validate a configuration that was saved earlier, from a checkpoint or a snapshot; `origin` is named in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, [(origin, tree)])) from error
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML; `load_config([saved_file])` gives it back."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def save_config(config: BaseModel, path: Path) -> None:
+    """Write the resolved configuration to `path`, atomically."""
+    write_text(path, to_yaml(config))
+
+
+def with_vocab_size(config: Config, vocab_size: int) -> Config:
+    """`config` with the tokenizer's vocabulary filled in, or `UserError` where the model's own is smaller."""
+    given = config.model.vocab_size
+    if given is not None and given < vocab_size:
+        raise UserError(
+            f"model.vocab_size is {given}, but the tokenizer has {vocab_size} tokens. "
+            "Set model.vocab_size=null to take the tokenizer's, or train a smaller tokenizer."
+        )
+    model = config.model.model_copy(update={"vocab_size": given or vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def _resolve(layers: list[tuple[str, dict[str, Any]]]) -> Config:
+    defaults = {name: _read_yaml(CONFIG_DIR / f"{name}_config.yaml") for name in SECTIONS}
+    variants: dict[str, Any] = defaults["model"].pop("variants")
+    origins: list[tuple[str, dict[str, Any]]] = [
+        (f"{CONFIG_DIR.name}/{name}_config.yaml", {name: defaults[name]}) for name in SECTIONS
+    ]
+    for origin, layer in layers:
+        _check_sections(origin, layer)
+        variants = {**variants, **(layer.get("model") or {}).pop("variants", {})}
+    try:
+        given = OmegaConf.merge(*[OmegaConf.create(layer) for _, layer in layers]) if layers else OmegaConf.create({})
+        assert isinstance(given, DictConfig)
+        variant = str(OmegaConf.select(given, "model.variant") or defaults["model"]["variant"])
+        chosen = ("model.variants", {"model": _variant(variant, variants)})
+        merged = OmegaConf.merge(defaults, chosen[1], given, {"model": {"variant": variant}})
+        tree = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration does not resolve: {str(error).splitlines()[0]}") from error
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, [*origins, chosen, *layers])) from error
+
+
+def _variant(name: str, variants: dict[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """One entry of `variants:` with everything it extends beneath it."""
+    if name not in variants:
+        raise UserError(f"model.variant: there is no variant {name!r}.{_nearest(name, variants)}")
+    if name in seen:
+        raise UserError(f"model.variants: {' -> '.join((*seen, name))} extend each other in a circle.")
+    own = dict(variants[name] or {})
+    parent = own.pop("extends", None)
+    return {**(_variant(parent, variants, (*seen, name)) if parent else {}), **own}
+
+
+def _recipe_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """The recipe at `path` after every recipe it `extends:`, lowest precedence first."""
+    if not path.exists() and (CONFIG_DIR / "recipes" / f"{path.name}.yaml").exists():
+        path = CONFIG_DIR / "recipes" / f"{path.name}.yaml"
+    if path.resolve() in seen:
+        raise UserError(f"{path} extends itself: {' -> '.join(str(step) for step in (*seen, path))}.")
+    layer = _read_yaml(path)
+    parents = layer.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    chain = [step for parent in parents for step in _recipe_chain(path.parent / parent, (*seen, path.resolve()))]
+    return [*chain, (path, layer)]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        recipes = sorted(recipe.stem for recipe in (CONFIG_DIR / "recipes").glob("*.yaml"))
+        raise UserError(f"There is no configuration file {path}. Recipes that ship: {', '.join(recipes)}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file (not UTF-8).") from error
+    try:
+        tree = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold `key: value` lines, not a {type(tree).__name__}.")
+    return tree
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key written twice, and reads `1e-4` as the number that it is."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise UserError(f"{text!r} is not an override: write section.key=value, such as training.max_steps=100.")
+    try:
+        tree: Any = yaml.load(value, Loader=_UniqueKeyLoader) if value else ""
+    except yaml.YAMLError as error:
+        raise UserError(f"The value of {key} is not valid YAML: {value!r}") from error
+    for part in reversed(parts):
+        tree = {part: tree}
+    assert isinstance(tree, dict)
+    return tree
+
+
+def _check_sections(origin: str, layer: dict[str, Any]) -> None:
+    for key, value in layer.items():
+        if key not in SECTIONS:
+            raise UserError(f"{origin}: there is no section {key!r}.{_nearest(str(key), SECTIONS)}")
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{origin}: the section {key!r} must hold `key: value` lines, not {value!r}.")
+
+
+def _nearest(word: str, known: Any) -> str:
+    names = [str(name) for name in known]
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else f" Choose from: {', '.join(names)}."
+
+
+def _explain(error: ValidationError, origins: list[tuple[str, dict[str, Any]]]) -> str:
+    """One sentence per mistake: what set the value, its key, and what would be right."""
+    return "\n".join(_explain_one(item, origins) for item in error.errors())
+
+
+def _explain_one(item: Any, origins: list[tuple[str, dict[str, Any]]]) -> str:
+    location = [str(part) for part in item["loc"]]
+    message: str = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "value_error" and ": " in message and message.partition(": ")[0].isidentifier():
+        key, _, message = message.partition(": ")
+        location.append(key)
+    path = _drop_union_tags(location)
+    where = f"{_origin(path, origins)}: {'.'.join(path)}"
+    if item["type"] == "extra_forbidden":
+        return f"{where}: there is no such key.{_nearest(path[-1], _fields_at(path[:-1]))}"
+    if item["type"] == "missing":
+        return f"{where}: this key is missing."
+    if item["type"] == "literal_error":
+        return f"{where}: {item['input']!r} is not allowed; choose {item['ctx']['expected']}."
+    if item["type"] == "value_error":
+        return f"{where}: {message}."
+    return f"{where}: {message[0].lower()}{message[1:]}, not {json.dumps(item['input'], default=str)}."
+
+
+def _drop_union_tags(location: list[str]) -> list[str]:
+    """pydantic puts the tag of a union into the location (`sources.web.hub.split`), which no user ever wrote."""
+    if location[:2] == ["data", "sources"] and len(location) > 3:
+        del location[3]
+    return [part for part in location if part not in ("bool", "literal['auto']")]
+
+
+def _origin(path: list[str], origins: list[tuple[str, dict[str, Any]]]) -> str:
+    """The last layer that set the key, or else the innermost of its parents that any layer set."""
+    for length in range(len(path), 0, -1):
+        for origin, layer in reversed(origins):
+            if _has(layer, path[:length]):
+                return origin
+    return "configuration"
+
+
+def _has(tree: Any, path: list[str]) -> bool:
+    if not path:
+        return True
+    return isinstance(tree, dict) and path[0] in tree and _has(tree[path[0]], path[1:])
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    """Names of the keys allowed under `path`."""
+    kinds: list[Any] = [Config]
+    for part in path:
+        annotations = [
+            kind.model_fields[part].annotation for kind in kinds if part in getattr(kind, "model_fields", {})
+        ]
+        if not annotations:
+            break
+        kinds = [model for annotation in annotations for model in _models_in(annotation)]
+    return sorted({name for kind in kinds for name in kind.model_fields})
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
