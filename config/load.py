@@ -214,7 +214,7 @@ def _drop_union_tags(location: list[str]) -> list[str]:
 def _origin(path: list[str], origins: list[tuple[str, dict[str, Any]]]) -> str:
     """The last layer that set the key, or else the innermost of its parents that any layer set."""
     for length in range(len(path), 0, -1):
-        for origin, layer in reversed(origins):
+        for origin, layer in origins[::-1]:
             if _has(layer, path[:length]):
                 return origin
     return "configuration"
