@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from config.errors import UserError
 from config.files import write_text
-from config.schema import Config
+from config.schema import Config, SourceConfig
 
 CONFIG_DIR = Path(__file__).parent
 SECTIONS = ("model", "training", "data", "generation")
@@ -46,7 +46,7 @@ def config_from_dict(tree: dict[str, Any], origin: str) -> Config:
 
 def to_yaml(config: BaseModel) -> str:
     """The resolved configuration as YAML; `load_config([saved_file])` gives it back."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def save_config(config: BaseModel, path: Path) -> None:
@@ -74,11 +74,14 @@ def _resolve(layers: list[tuple[str, dict[str, Any]]]) -> Config:
     ]
     for origin, layer in layers:
         _check_sections(origin, layer)
-        variants = {**variants, **(layer.get("model") or {}).pop("variants", {})}
+        variants = {**variants, **(layer.get("model", {}).pop("variants", None) or {})}
     try:
         given = OmegaConf.merge(*[OmegaConf.create(layer) for _, layer in layers]) if layers else OmegaConf.create({})
         assert isinstance(given, DictConfig)
         variant = str(OmegaConf.select(given, "model.variant") or defaults["model"]["variant"])
+        if variant not in variants:
+            where = _origin(["model", "variant"], [*origins, *layers])
+            raise UserError(f"{where}: model.variant: there is no variant {variant!r}.{_nearest(variant, variants)}")
         chosen = ("model.variants", {"model": _variant(variant, variants)})
         merged = OmegaConf.merge(defaults, chosen[1], given, {"model": {"variant": variant}})
         tree = OmegaConf.to_container(merged, resolve=True)
@@ -93,7 +96,7 @@ def _resolve(layers: list[tuple[str, dict[str, Any]]]) -> Config:
 def _variant(name: str, variants: dict[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """One entry of `variants:` with everything it extends beneath it."""
     if name not in variants:
-        raise UserError(f"model.variant: there is no variant {name!r}.{_nearest(name, variants)}")
+        raise UserError(f"model.variants.{seen[-1]}: extends {name!r}, which is none.{_nearest(name, variants)}")
     if name in seen:
         raise UserError(f"model.variants: {' -> '.join((*seen, name))} extend each other in a circle.")
     own = dict(variants[name] or {})
@@ -137,18 +140,25 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML that refuses a key written twice, and reads `1e-4` as the number that it is."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        keys: list[Any] = []
+        for key_node, _ in node.value:
+            keys.append(self.construct_object(key_node, deep=True))
+            if keys[-1] in keys[:-1]:
+                message = f"key {keys[-1]!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Its counterpart: quotes the text `1e-4`, which would read back as a number."""
+
+
+for _kind in (_UniqueKeyLoader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -167,10 +177,12 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _check_sections(origin: str, layer: dict[str, Any]) -> None:
-    for key, value in layer.items():
+    for key, value in list(layer.items()):
         if key not in SECTIONS:
             raise UserError(f"{origin}: there is no section {key!r}.{_nearest(str(key), SECTIONS)}")
-        if value is not None and not isinstance(value, dict):
+        if value is None:
+            del layer[key]
+        elif not isinstance(value, dict):
             raise UserError(f"{origin}: the section {key!r} must hold `key: value` lines, not {value!r}.")
 
 
@@ -188,15 +200,27 @@ def _explain(error: ValidationError, origins: list[tuple[str, dict[str, Any]]]) 
 def _explain_one(item: Any, origins: list[tuple[str, dict[str, Any]]]) -> str:
     location = [str(part) for part in item["loc"]]
     message: str = str(item["msg"]).removeprefix("Value error, ")
-    if item["type"] == "value_error" and ": " in message and message.partition(": ")[0].isidentifier():
-        key, _, message = message.partition(": ")
-        location.append(key)
+    key, colon, rest = message.partition(": ")
+    if item["type"] == "value_error" and colon and all(part.isidentifier() for part in key.split(".")):
+        location += key.split(".")
+        message = rest
     path = _drop_union_tags(location)
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        path.append("kind")
     where = f"{_origin(path, origins)}: {'.'.join(path)}"
     if item["type"] == "extra_forbidden":
         return f"{where}: there is no such key.{_nearest(path[-1], _fields_at(path[:-1]))}"
     if item["type"] == "missing":
         return f"{where}: this key is missing."
+    if item["type"] == "union_tag_not_found":
+        kinds = [repr(get_args(source.model_fields["kind"].annotation)[0]) for source in _models_in(SourceConfig)]
+        return f"{where}: this key is missing; choose {', '.join(kinds)}."
+    if item["type"] == "union_tag_invalid":
+        return f"{where}: {item['ctx']['tag']!r} is not allowed; choose {item['ctx']['expected_tags']}."
+    if item["type"] == "model_type":
+        return (
+            f"{where}: must hold the keys {', '.join(_fields_at(path))}, not {json.dumps(item['input'], default=str)}."
+        )
     if item["type"] == "literal_error":
         return f"{where}: {item['input']!r} is not allowed; choose {item['ctx']['expected']}."
     if item["type"] == "value_error":
@@ -208,7 +232,7 @@ def _drop_union_tags(location: list[str]) -> list[str]:
     """pydantic puts the tag of a union into the location (`sources.web.hub.split`), which no user ever wrote."""
     if location[:2] == ["data", "sources"] and len(location) > 3:
         del location[3]
-    return [part for part in location if part not in ("bool", "literal['auto']")]
+    return location
 
 
 def _origin(path: list[str], origins: list[tuple[str, dict[str, Any]]]) -> str:

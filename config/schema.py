@@ -144,7 +144,7 @@ class TrainingConfig(Section):
     seed: Annotated[int, Field(ge=0)]
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
-    compile: Literal["auto"] | bool
+    compile: Literal["auto", True, False]
     max_steps: PositiveInt | None
     epochs: Rate | None
     batch_size: PositiveInt
@@ -170,7 +170,10 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _combinations(self) -> TrainingConfig:
         if (self.max_steps is None) == (self.epochs is None):
-            raise ValueError("max_steps: set exactly one of max_steps and epochs; the other one is null")
+            raise ValueError(
+                "max_steps: set exactly one of max_steps and epochs, and the other one to null, "
+                "such as training.max_steps=null training.epochs=3"
+            )
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size: batch_size={self.batch_size} is not divisible by "
@@ -255,6 +258,13 @@ class LoaderConfig(Section):
     prefetch_batches: PositiveInt
 
 
+class FinetuningConfig(Section):
+    """How examples become samples; see `data.examples`."""
+
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
+    too_long: Literal["refuse", "truncate", "drop"]
+
+
 class DataConfig(Section):
     """Everything before the model: where data lies, where it comes from, how it becomes tokens."""
 
@@ -268,6 +278,14 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig
     preprocess: PreprocessConfig
     loader: LoaderConfig
+    finetuning: FinetuningConfig
+
+    @model_validator(mode="after")
+    def _combinations(self) -> DataConfig:
+        unknown = [name for name in self.use if name not in self.sources]
+        if unknown:
+            raise ValueError(f"use: there is no source {unknown[0]!r}; choose from {', '.join(self.sources)}")
+        return self
 
 
 class GenerationConfig(Section):
@@ -291,3 +309,18 @@ class Config(Section):
     training: TrainingConfig
     data: DataConfig
     generation: GenerationConfig
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        length = self.training.sequence_length or self.model.context_length
+        if length > self.model.context_length:
+            raise ValueError(
+                f"training.sequence_length: {length} is longer than the model's context_length, "
+                f"{self.model.context_length}"
+            )
+        if (self.training.short_sequences.length or 1) > length:
+            raise ValueError(
+                f"training.short_sequences.length: {self.training.short_sequences.length} is longer than the "
+                f"sequences themselves, {length}"
+            )
+        return self
