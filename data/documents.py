@@ -1,0 +1,128 @@
+"""Documents: the records that everything after the download works on, and how they are read from `corpus/raw/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config.errors import UserError
+from config.schema import SourceConfig
+from data.manifest import QUARANTINE, RawManifest, load_raw_manifest
+
+if TYPE_CHECKING:
+    from data.formats.rows import Fault, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text. `id` is a hash of the source and the position in it, so it stays the same from run to run."""
+
+    id: str
+    text: str
+    source: str
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """Something in a source that is no document: where it stands and why it was left out."""
+
+    source: str
+    location: str
+    """File and row, such as `notes/a.jsonl:17`; rows count from 0."""
+    reason: str
+    """A short slug: `invalid-utf8`, `binary`, `empty`, `not-json`, `missing-text`, `truncated` ..."""
+    excerpt: str = ""
+    """The beginning of the record, so that a person can judge."""
+    count: int = 1
+    """Rows that this record stands for."""
+    columns: tuple[str, ...] = field(default=())
+    """The columns that are there, where the text column is not."""
+
+
+def document_id(source: str, position: str) -> str:
+    """128 bits of XXH3 over the source's name and the position in it, as 32 hexadecimal digits."""
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(f"{source}\0{position}".encode("utf-8", "surrogateescape"))
+
+
+def read_documents(
+    folder: Path, source: SourceConfig, name: str, *, part: int = 0, parts: int = 1
+) -> Iterator[Document | BadRecord]:
+    """The documents of the downloaded source in `folder`, and a `BadRecord` for each record that is none.
+
+    With `parts` above 1, the share of worker `part`: row groups, or files where they cannot be split, are dealt out in
+    turn. All parts together are the same documents with the same ids, whatever their number. Memory is bounded by the
+    longest record. Raises `UserError` at once if the data is missing, incomplete or not what `source` asks for.
+    """
+    if not 0 <= part < parts:
+        raise ValueError(f"part {part} of {parts}")
+    manifest = load_raw_manifest(folder)
+    command = f"python data/download_datasets.py {name}"
+    if not manifest.matches(source):
+        raise UserError(f"{folder} was downloaded with other settings of data.sources.{name}. Run {command} again.")
+    for file in manifest.files:
+        path = folder / file.path
+        if not path.is_file() or path.stat().st_size != file.bytes:
+            raise UserError(f"{path} is missing or damaged. Run {command} to mend it.")
+    return _read(folder, manifest, source, name, part, parts)
+
+
+def _read(
+    folder: Path, manifest: RawManifest, source: SourceConfig, name: str, part: int, parts: int
+) -> Iterator[Document | BadRecord]:
+    from data.formats import read_rows
+    from data.store import read_stored
+
+    if part == 0:
+        yield from read_quarantine(folder / QUARANTINE, name)
+    for index, raw in enumerate(manifest.files):
+        wanted = _share(raw.path, index, len(manifest.files), part, parts)
+        if wanted is None:
+            continue
+        with open(folder / raw.path, "rb") as file:
+            if manifest.layout == "documents":
+                yield from read_stored(file, name, wanted)
+                continue
+            column = getattr(source, "text_column", "text")
+            for row in read_rows(file, raw.path, column, wanted=wanted, limit=raw.documents):
+                yield _published(name, raw.path, row)
+
+
+def _share(path: str, index: int, files: int, part: int, parts: int) -> Callable[[int], bool] | None:
+    """Which units of file number `index` belong to `part`: a predicate, or None where none of them does.
+
+    A compressed stream can only be read from its beginning, so whole files are dealt where there are enough of them.
+    """
+    if not path.endswith(".parquet") and files >= parts:
+        return (lambda unit: True) if index % parts == part else None
+    return lambda unit: (index + unit) % parts == part
+
+
+def _published(source: str, path: str, row: Row | Fault) -> Document | BadRecord:
+    from data.formats.rows import Fault
+
+    location = f"{path}:{row.number}"
+    if isinstance(row, Fault):
+        return bad_record(source, location, row)
+    return Document(document_id(source, location), row.text, source, {"file": path, "row": row.number})
+
+
+def bad_record(source: str, location: str, fault: Fault) -> BadRecord:
+    """What a reader found wrong, as the record that is counted and quarantined."""
+    return BadRecord(source, location, fault.reason, fault.excerpt, fault.count, fault.columns)
+
+
+def read_quarantine(path: Path, source: str) -> Iterator[BadRecord]:
+    """The records that were set aside when the source was downloaded."""
+    import orjson
+
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            entry = orjson.loads(line)
+            yield BadRecord(source, entry["location"], entry["reason"], entry["excerpt"], entry["count"])

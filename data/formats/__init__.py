@@ -1,0 +1,56 @@
+"""File formats that documents are read from, one module per format, chosen by the suffix of a file's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO
+
+from data.formats.rows import Fault, Row, Wanted
+
+COMPRESSIONS = (".gz", ".zst")
+SUFFIXES = tuple(
+    [".parquet"] + [base + packed for base in (".txt", ".md", ".jsonl", ".csv") for packed in ("", *COMPRESSIONS)]
+)
+"""Names that a readable file may end in."""
+DOCUMENT_BYTES = 1_000_000
+
+
+def suffix_of(path: str) -> str | None:
+    """The suffix by which `path` is read, such as `.jsonl.gz`, or None where no format knows it."""
+    return next((suffix for suffix in SUFFIXES if path.lower().endswith(suffix)), None)
+
+
+def read_rows(
+    file: IO[bytes],
+    path: str,
+    text_column: str,
+    *,
+    wanted: Wanted = lambda unit: True,
+    limit: int | None = None,
+    with_columns: bool = False,
+    document_bytes: int = DOCUMENT_BYTES,
+) -> Iterator[Row | Fault]:
+    """The rows of an open binary file whose format the suffix of `path` tells; memory is bounded by the longest row.
+
+    `wanted` chooses the units to read (row groups, blocks of rows, pieces of a text file), `limit` the number of rows,
+    `with_columns` asks for the short columns beside the text, `document_bytes` is where a long text file is cut.
+    """
+    suffix = suffix_of(path)
+    if suffix is None:
+        raise ValueError(f"no format for {path}")
+    if suffix == ".parquet":
+        from data.formats.parquet import read_parquet
+
+        return read_parquet(file, text_column, wanted, limit, with_columns)
+    path = path.lower()
+    if suffix.startswith(".jsonl"):
+        from data.formats.jsonl import read_jsonl
+
+        return read_jsonl(file, path, text_column, wanted, limit, with_columns)
+    if suffix.startswith(".csv"):
+        from data.formats.delimited import read_csv
+
+        return read_csv(file, path, text_column, wanted, limit, with_columns)
+    from data.formats.plain import read_text
+
+    return read_text(file, path, wanted, limit, document_bytes)

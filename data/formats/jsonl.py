@@ -1,0 +1,69 @@
+"""JSON Lines: one object per line, as .jsonl, .jsonl.gz or .jsonl.zst."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import IO, Any
+
+import orjson
+
+from data.formats.rows import BLOCK_ROWS, Fault, Row, Wanted, excerpt_of, plain_columns, row_or_fault
+from data.formats.streams import BrokenStream, bounded_lines, chunks
+
+
+def read_jsonl(
+    file: IO[bytes], path: str, text_column: str, wanted: Wanted, limit: int | None, with_columns: bool
+) -> Iterator[Row | Fault]:
+    """One row per line that is not blank; lines that are not wanted are not parsed."""
+    row = 0
+    number = 0
+    lines = bounded_lines(chunks(file, path))
+    while limit is None or row < limit:
+        try:
+            line, length = next(lines)
+        except StopIteration:
+            return
+        except BrokenStream as error:
+            if wanted(row // BLOCK_ROWS):
+                yield Fault(number + 1, error.reason)
+            return
+        number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
+        if wanted(row // BLOCK_ROWS):
+            if len(line) < length and number > 1 or len(line) < length - len(codecs.BOM_UTF8):
+                yield Fault(number, "line-too-long", excerpt_of(line))
+            else:
+                yield _parse(number, line, text_column, with_columns)
+        row += 1
+
+
+def _parse(number: int, line: bytes, text_column: str, with_columns: bool) -> Row | Fault:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        record = _lenient(line)
+        if isinstance(record, str):
+            return Fault(number, record, excerpt_of(line))
+    if not isinstance(record, dict):
+        return Fault(number, "not-an-object", excerpt_of(line))
+    columns = plain_columns(record, text_column) if with_columns else {}
+    text = record.get(text_column)
+    return row_or_fault(number, text, columns, tuple(record) if text is None else ())
+
+
+def _lenient(line: bytes) -> dict[str, Any] | list[Any] | str:
+    """What orjson refuses and Python's own parser takes, such as NaN or half a surrogate pair; else a reason."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError:
+        return "invalid-utf8"
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return "not-json"
+    return record if isinstance(record, dict) else []

@@ -1,0 +1,106 @@
+"""Parquet: row groups are the units that workers share, read in batches small enough for memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.formats.rows import Fault, Row, Wanted, plain_columns, row_or_fault
+
+BATCH_BYTES = 16 << 20
+
+
+def read_parquet(
+    file: IO[bytes], text_column: str, wanted: Wanted, limit: int | None, with_columns: bool, start: int = 0
+) -> Iterator[Row | Fault]:
+    """One row per row of the file, numbered from 0; row groups that lie wholly before row `start` are not read."""
+    try:
+        content = pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        if wanted(0):
+            yield Fault(0, "corrupt", str(error).splitlines()[0])
+        return
+    schema = content.schema_arrow
+    columns = [text_column, *_plain(schema, text_column)] if with_columns else [text_column]
+    first = 0
+    for group in range(content.num_row_groups):
+        size = content.metadata.row_group(group).num_rows
+        if limit is not None:
+            size = min(size, limit - first)
+        if size > 0 and wanted(group) and first + size > start:
+            if text_column in schema.names:
+                yield from _read_group(content, group, first, size, columns, start)
+            else:
+                yield Fault(first, "missing-text", "", size, tuple(schema.names))
+        first += size
+
+
+def _read_group(
+    content: Any, group: int, first: int, size: int, columns: list[str], start: int
+) -> Iterator[Row | Fault]:
+    metadata = content.metadata.row_group(group)
+    rows = max(1, min(1000, BATCH_BYTES * metadata.num_rows // max(metadata.total_byte_size, 1)))
+    number = first
+    try:
+        for batch in content.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
+            batch = batch.slice(0, first + size - number)
+            for row in _read_batch(batch, number, columns):
+                if row.number >= start:
+                    yield row
+            number += batch.num_rows
+            if number >= first + size:
+                return
+    except (pa.ArrowException, OSError) as error:
+        yield Fault(number, "corrupt", str(error).splitlines()[0], first + size - number)
+
+
+def _read_batch(batch: Any, number: int, columns: list[str]) -> Iterator[Row | Fault]:
+    values = {name: _values(batch.column(batch.schema.get_field_index(name))) for name in columns}
+    texts = values[columns[0]]
+    for offset, text in enumerate(texts):
+        if isinstance(text, bytes):
+            yield Fault(number + offset, "invalid-utf8", text[:200].decode("utf-8", "backslashreplace"))
+            continue
+        record = {name: values[name][offset] for name in columns[1:]}
+        yield row_or_fault(
+            number + offset, text, plain_columns(record, columns[0]), tuple(columns) if text is None else ()
+        )
+
+
+def _values(column: Any) -> list[Any]:
+    """A column as Python objects, where a text that is not UTF-8 stays bytes."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            return [_decode(value) for value in column.to_pylist()]
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_decode(value) for value in column.cast(pa.large_binary()).to_pylist()]
+
+
+def _decode(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
+
+
+def _plain(schema: Any, text_column: str) -> list[str]:
+    """Other columns whose values are strings, numbers or truth values."""
+    return [
+        field.name
+        for field in schema
+        if field.name != text_column
+        and (
+            pa.types.is_string(field.type)
+            or pa.types.is_large_string(field.type)
+            or pa.types.is_integer(field.type)
+            or pa.types.is_floating(field.type)
+            or pa.types.is_boolean(field.type)
+        )
+    ]

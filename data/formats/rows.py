@@ -1,0 +1,90 @@
+"""What every format is read into: a row with text, or a fault that says why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+RECORD_BYTES = 32 << 20
+"""Longest single record that is read, in bytes; a longer one is a fault, so that memory stays bounded."""
+BLOCK_ROWS = 1000
+"""Rows of a line-based file that are dealt to workers together."""
+EXCERPT = 200
+"""Characters of a faulty record that are kept."""
+
+Wanted = Callable[[int], bool]
+"""Which units of a file to read: row groups of Parquet, blocks of `BLOCK_ROWS` rows of everything else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One text. `number` counts from 1 for lines, as editors do, and from 0 for rows of Parquet, as its tools do."""
+
+    number: int
+    text: str
+    columns: dict[str, Any] = field(default_factory=dict)
+    """The other columns, where they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A record without usable text: a short slug as `reason`, and the beginning of the record."""
+
+    number: int
+    reason: str
+    excerpt: str = ""
+    count: int = 1
+    """Rows that this fault stands for."""
+    columns: tuple[str, ...] = ()
+    """Columns that are there, where the text column is missing."""
+
+
+def excerpt_of(data: bytes | str) -> str:
+    """The beginning of `data` as text that can be written anywhere; what is not UTF-8 is escaped."""
+    if isinstance(data, str):
+        data = data[:EXCERPT].encode("utf-8", "backslashreplace")
+    return data[:EXCERPT].decode("utf-8", "backslashreplace")
+
+
+def text_fault(text: str) -> str | None:
+    """Why `text` cannot be a document, as a slug, or None: `empty`, `lone-surrogate` or `binary`.
+
+    Binary is what has NUL or replacement characters among more than 10 % of unprintable ones; single ones are left to
+    the cleaning.
+    """
+    if not text or text.isspace():
+        return "empty"
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return "lone-surrogate"
+    if "\0" in text or "\ufffd" in text:
+        odd = sum(text.count(character) for character in _UNPRINTABLE)
+        if odd > len(text) / 10:
+            return "binary"
+    return None
+
+
+_UNPRINTABLE = "".join(chr(code) for code in range(32) if chr(code) not in "\t\n\r\f") + "\x7f\ufffd"
+
+
+def row_or_fault(number: int, text: Any, columns: dict[str, Any], missing: tuple[str, ...]) -> Row | Fault:
+    """The row for one parsed record, whose text column holds `text`; `missing` are the columns it has besides."""
+    if text is None:
+        return Fault(number, "missing-text", columns=missing)
+    if not isinstance(text, str):
+        return Fault(number, "text-not-a-string", excerpt_of(repr(text)))
+    reason = text_fault(text)
+    return Fault(number, reason, excerpt_of(text)) if reason else Row(number, text, columns)
+
+
+def plain_columns(record: dict[str, Any], text_column: str) -> dict[str, Any]:
+    """The columns beside the text that are worth keeping: short strings, numbers and truth values."""
+    return {
+        key: value
+        for key, value in record.items()
+        if key != text_column
+        and (isinstance(value, bool | int | float) or isinstance(value, str) and len(value) < 1000)
+    }

@@ -1,0 +1,90 @@
+"""Compressed files as bounded chunks and lines, whatever is inside them."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from typing import IO
+
+from data.formats.rows import EXCERPT, RECORD_BYTES
+
+CHUNK = 1 << 18
+
+
+class BrokenStream(Exception):
+    """A compressed file that ends too early (`truncated`) or cannot be decompressed (`corrupt`)."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def chunks(file: IO[bytes], path: str) -> Iterator[bytes]:
+    """The content of `file`, decompressed as the suffix of `path` says, in pieces of bounded size."""
+    if path.endswith(".gz"):
+        return _gzip_chunks(file)
+    if path.endswith(".zst"):
+        return _zstd_chunks(file)
+    return iter(lambda: file.read(CHUNK), b"")
+
+
+def _gzip_chunks(file: IO[bytes]) -> Iterator[bytes]:
+    try:
+        with gzip.open(file, "rb") as content:
+            while chunk := content.read(CHUNK):
+                yield chunk
+    except EOFError as error:
+        raise BrokenStream("truncated") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise BrokenStream("corrupt") from error
+
+
+def _zstd_chunks(file: IO[bytes]) -> Iterator[bytes]:
+    """All frames of a .zst file, windows of up to 2 GiB (`zstd --long=31`) included.
+
+    The library's own reader does not tell a truncated file from a whole one. Its decompression object does, but gives
+    everything it can at once, so the input goes in by small steps while the output is large.
+    """
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame = None
+    step = 256
+    while data := file.read(step):
+        while data:
+            frame = frame or decompressor.decompressobj()
+            try:
+                output = frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise BrokenStream("corrupt") from error
+            step = min(step * 2, 1 << 16) if len(output) < 1 << 20 else max(step // 4, 64)
+            data = frame.unused_data if frame.eof else b""
+            if frame.eof:
+                frame = None
+            if output:
+                yield output
+    if frame is not None:
+        raise BrokenStream("truncated")
+
+
+def bounded_lines(pieces: Iterator[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Lines without their line feed, each with its length in bytes.
+
+    Of a line longer than `RECORD_BYTES` only the beginning is given, so it is shorter than its length says.
+    """
+    line: list[bytes] = []
+    length = 0
+    for piece in pieces:
+        *ended, rest = piece.split(b"\n")
+        for part in ended:
+            line.append(part)
+            yield b"".join(line), length + len(part)
+            line, length = [], 0
+        if length + len(rest) > RECORD_BYTES:
+            line = [b"".join([*line, rest])[: 4 * EXCERPT]]
+        elif rest:
+            line.append(rest)
+        length += len(rest)
+    if length:
+        yield b"".join(line), length

@@ -1,0 +1,122 @@
+"""Documents on disk in our own layout: Parquet files with the columns id, text and metadata (JSON)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from config.files import disk_errors
+from data.documents import BadRecord, Document, document_id
+from data.manifest import QUARANTINE, RawFile, file_sha256
+
+SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string()), ("metadata", pa.string())])
+GROUP_DOCUMENTS = 1000
+GROUP_CHARACTERS = 1 << 20
+FILE_CHARACTERS = 512 << 20
+
+
+class DocumentWriter:
+    """Writes documents of one source into `folder` as `documents-00000.parquet` and so on, in the order they come.
+
+    Row groups hold at most 1,000 documents or about 1 MiB of text, so that readers share and bound their work by them.
+    Bad records go to `quarantine.jsonl`. The bytes depend on the documents alone. A full disk raises `UserError`.
+    """
+
+    def __init__(
+        self, folder: Path, source: str, *, first_file: int = 0, file_characters: int = FILE_CHARACTERS
+    ) -> None:
+        self.documents = 0
+        self.bad: Counter[str] = Counter()
+        self.files: list[RawFile] = []
+        self._folder = folder
+        self._source = source
+        self._first_file = first_file
+        self._file_characters = file_characters
+        self._group: list[tuple[str, str, str]] = []
+        self._group_characters = 0
+        self._written_characters = 0
+        self._path: Path | None = None
+        self._parquet: Any = None
+        self._quarantine: IO[bytes] | None = None
+
+    def __enter__(self) -> DocumentWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            if self._parquet is not None:
+                self._parquet.close()
+            if self._quarantine is not None:
+                self._quarantine.close()
+
+    def add(self, position: str, text: str, metadata: dict[str, Any]) -> None:
+        """Append one document; its id is made of the source and `position`."""
+        self._group.append((document_id(self._source, position), text, orjson.dumps(metadata).decode()))
+        self._group_characters += len(text)
+        self.documents += 1
+        if len(self._group) >= GROUP_DOCUMENTS or self._group_characters >= GROUP_CHARACTERS:
+            self._flush()
+
+    def reject(self, record: BadRecord) -> None:
+        """Set a bad record aside and count it."""
+        self.bad[record.reason] += record.count
+        with disk_errors(self._folder):
+            if self._quarantine is None:
+                self._quarantine = open(self._folder / QUARANTINE, "ab")
+            entry = {"location": record.location, "reason": record.reason, "count": record.count}
+            self._quarantine.write(orjson.dumps(entry | {"excerpt": record.excerpt}) + b"\n")
+
+    def close(self) -> list[RawFile]:
+        """Finish the last file; all of them, with their checksums."""
+        self._flush()
+        self._finish_file()
+        if self._quarantine is not None:
+            with disk_errors(self._folder):
+                self._quarantine.close()
+        return self.files
+
+    def _flush(self) -> None:
+        if not self._group:
+            return
+        columns = [list(column) for column in zip(*self._group)]
+        with disk_errors(self._folder):
+            if self._parquet is None:
+                number = self._first_file + len(self.files)
+                self._path = self._folder / f"documents-{number:05d}.parquet"
+                self._parquet = pq.ParquetWriter(self._path, SCHEMA, compression="zstd", store_schema=False)
+            self._parquet.write_table(pa.table(columns, schema=SCHEMA))
+        self._written_characters += self._group_characters
+        self._group, self._group_characters = [], 0
+        if self._written_characters >= self._file_characters:
+            self._finish_file()
+
+    def _finish_file(self) -> None:
+        if self._parquet is None or self._path is None:
+            return
+        with disk_errors(self._folder):
+            self._parquet.close()
+        self._parquet, self._written_characters = None, 0
+        rows = pq.read_metadata(self._path).num_rows
+        size = self._path.stat().st_size
+        self.files.append(RawFile(path=self._path.name, bytes=size, sha256=file_sha256(self._path), documents=rows))
+
+
+def read_stored(file: IO[bytes], source: str, wanted: Any) -> Iterator[Document]:
+    """The documents of one file that `DocumentWriter` made; `wanted` chooses its row groups by number."""
+    content = pq.ParquetFile(file)
+    for group in filter(wanted, range(content.num_row_groups)):
+        table = content.read_row_group(group)
+        ids, texts, metadata = (table.column(name).to_pylist() for name in SCHEMA.names)
+        for key, text, extra in zip(ids, texts, metadata):
+            yield Document(key, text, source, orjson.loads(extra))
