@@ -1,0 +1,186 @@
+"""Checkpoints: everything a run needs to go on in one file, written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config.errors import UserError
+from config.files import atomic_write
+from config.load import config_from_dict
+from config.schema import Config, ModelConfig
+from model.transformer import Transformer
+
+FORMAT = 1
+_NAME = re.compile(r"model_step_(\d+)\.pt")
+# What may differ between a checkpoint and the model its weights go into: neither shapes nor results depend on it.
+_FREE_KEYS = {"variant", "dropout", "init_std", "zero_init_projections"}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """What a checkpoint says about itself; `config` is the whole resolved configuration of the run that wrote it."""
+
+    path: Path
+    step: int
+    run_name: str
+    config: dict[str, Any]
+    tokenizer_fingerprint: str
+    validation_loss: float | None
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies in `directory`."""
+    return directory / f"model_step_{step}.pt"
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state`, with "format" set, to `path`: a reader sees the old file or the new one, never a part.
+
+    `state` holds tensors, numbers, strings, None, and dictionaries, lists and tuples of them; anything else is a
+    TypeError here rather than a file that cannot be read back. A full disk raises `UserError`.
+    """
+    _check_plain(state, "state")
+    with atomic_write(path) as file:
+        try:
+            torch.save({"format": FORMAT, **state}, file)
+        except RuntimeError as error:
+            # torch's writer reports a failed write of the file below it without the system's own error.
+            if "write" in str(error):
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise
+
+
+def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it.
+
+    Raises `UserError` where the file is missing, cut short, not a checkpoint of ours, or holds anything but data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint {path}. Train one with: python scripts/train.py")
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        raise UserError(
+            f"{path} is not a whole checkpoint: it was cut short, damaged, or is another kind of file. "
+            "Use another checkpoint of its folder, or --resume latest."
+        ) from error
+    if not isinstance(state, dict) or not {"model", "config", "step"} <= state.keys():
+        raise UserError(f"{path} is not a checkpoint of this program: it lacks the weights or the configuration.")
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path} has checkpoint format {state.get('format')}; this version reads format {FORMAT}.")
+    return state
+
+
+def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """Step and path of every checkpoint in `directory`, ascending by step."""
+    if not directory.is_dir():
+        return []
+    names = ((_NAME.fullmatch(path.name), path) for path in directory.iterdir())
+    return sorted((int(match[1]), path) for match, path in names if match)
+
+
+def latest_checkpoint(directory: Path) -> Path:
+    """The checkpoint of the highest step in `directory`; `UserError` if there is none."""
+    found = list_checkpoints(directory)
+    if not found:
+        raise UserError(f"There is no checkpoint in {directory}/. Train one with: python scripts/train.py")
+    return found[-1][1]
+
+
+def resolve_checkpoint(name: str | Path, directory: Path) -> Path:
+    """The file that a user means: "latest" (in `directory`), a folder (its latest), or the path of a file."""
+    if str(name) == "latest":
+        return latest_checkpoint(directory)
+    path = Path(name)
+    if path.is_dir():
+        return latest_checkpoint(path)
+    if not path.is_file():
+        steps = [step for step, _ in list_checkpoints(path.parent)]
+        there = f"Steps that exist there: {', '.join(map(str, steps))}." if steps else "Use latest, or train one first."
+        raise UserError(f"There is no checkpoint {path}. {there}")
+    return path
+
+
+def load_model(
+    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Transformer, CheckpointInfo]:
+    """The model of a checkpoint, in evaluation mode on `device`, its weights cast to `dtype` if given."""
+    state = load_checkpoint(path)
+    config = checkpoint_config(path, state)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    if dtype is not None:
+        model = model.to(dtype)
+    model.to_empty(device=device)
+    load_weights(model, state, path)
+    info = CheckpointInfo(
+        path=Path(path),
+        step=state["step"],
+        run_name=state.get("run_name", ""),
+        config=state["config"],
+        tokenizer_fingerprint=state.get("tokenizer_fingerprint", ""),
+        validation_loss=state.get("validation_loss"),
+    )
+    return model.eval(), info
+
+
+def checkpoint_config(path: Path, state: dict[str, Any]) -> Config:
+    """The configuration inside a loaded checkpoint, validated."""
+    return config_from_dict(state["config"], str(path))
+
+
+def load_weights(model: Transformer, state: dict[str, Any], path: Path) -> None:
+    """Copy the weights of a loaded checkpoint into `model`.
+
+    Raises `UserError` naming every setting in which the two models differ.
+    """
+    require_same_model(checkpoint_config(path, state).model, model.config, path)
+    weights: dict[str, Tensor] = state["model"]
+    own = model.state_dict()
+    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in weights.items()}:
+        raise UserError(f"{path} is damaged: its weights are not those that its own configuration describes.")
+    model.load_state_dict(weights)
+
+
+def require_same_model(saved: ModelConfig, wanted: ModelConfig, path: Path) -> None:
+    """Raise `UserError` unless weights of the model `saved`, found at `path`, mean the same in the model `wanted`."""
+    keys = [key for key in ModelConfig.model_fields if key not in _FREE_KEYS]
+    resolved = [
+        {**config.model_dump(), "n_kv_heads": config.kv_heads, "d_ff": config.feed_forward_dim}
+        for config in (saved, wanted)
+    ]
+    if wanted.position == "learned":
+        for config in resolved:
+            config["rope_theta"] = None
+    differing = [
+        f"model.{key} is {resolved[0][key]} there and {resolved[1][key]} here"
+        for key in keys
+        if resolved[0][key] != resolved[1][key]
+    ]
+    if differing:
+        raise UserError(
+            f"{path} holds another model: {'; '.join(differing)}. "
+            "Use the configuration it was trained with, or another checkpoint."
+        )
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Assert that `torch.load(weights_only=True)` will accept what is about to be saved."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key, where)
+            _check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif type(value) not in (str, int, float, bool, bytes, type(None)) and not isinstance(value, Tensor):
+        raise TypeError(f"{where} is a {type(value).__name__}, which a checkpoint cannot hold")

@@ -1,0 +1,85 @@
+"""Cross-entropy of the next token, fused with the output matrix so that the logits of a batch never exist at once."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+CHUNK_ELEMENTS = 2**25
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Sum over the tokens of the cross-entropy between `softmax(hidden @ weight.T)` and `targets`, in float32.
+
+    `hidden` is `(tokens, d_model)`, `weight` `(rows, d_model)` with rows >= vocab_size, `targets` `(tokens,)` int64
+    with -100 where nothing is predicted. Rows of `weight` past `vocab_size` take no part. The logits are made in chunks
+    of tokens, and each chunk's gradient is computed while its logits are at hand (as in Liger's fused kernel, Hsu et
+    al., 2024), so the backward pass only scales what is already there. Matrix products run in autocast's type where it
+    is on; logits, softmax and sums are float32.
+    """
+    wants_gradient = torch.is_grad_enabled()
+    loss = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden,
+        weight,
+        targets,
+        vocab_size,
+        wants_gradient and hidden.requires_grad,
+        wants_gradient and weight.requires_grad,
+    )
+    return cast(Tensor, loss)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        hidden_gradient: bool,
+        weight_gradient: bool,
+    ) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        matrix = weight.to(dtype)
+        loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if hidden_gradient else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_gradient else None
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            inputs, kept = hidden[part].to(dtype), targets[part, None] != IGNORED
+            index = targets[part, None].clamp(min=0)
+            logits = F.linear(inputs, matrix).float()
+            logits[:, vocab_size:] = -torch.inf
+            log_probabilities = F.log_softmax(logits, dim=-1)
+            loss -= torch.where(kept, log_probabilities.gather(1, index), 0.0).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad_logits = log_probabilities.exp_().scatter_add_(
+                1, index, torch.full_like(kept, -1.0, dtype=torch.float32)
+            )
+            grad_logits = (grad_logits * kept).to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad_logits @ matrix
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ inputs
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None

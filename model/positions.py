@@ -1,0 +1,57 @@
+"""Rotary position embedding (Su et al., 2021), in the half-split form that Llama's weights use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Rotation = tuple[Tensor, Tensor]
+
+
+class RotaryTables(nn.Module):
+    """Cosines and sines of every position up to `context_length`.
+
+    The tables follow from the configuration alone. They are therefore not part of a checkpoint, and whenever the module
+    is moved or cast (`to`, `half`, `to_empty` after the meta device) they are made anew, in float32.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, context_length: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim, self.context_length, self.theta = head_dim, context_length, theta
+        self._build(torch.get_default_device())
+
+    def _build(self, device: torch.device) -> None:
+        # In float64 on the CPU first, so that every device gets the same bits.
+        host = "meta" if device.type == "meta" else "cpu"
+        channels = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=host)
+        frequencies = self.theta ** (-channels / self.head_dim)
+        angles = torch.outer(torch.arange(self.context_length, dtype=torch.float64, device=host), frequencies)
+        self.register_buffer("cos", angles.cos().float().to(device), persistent=False)
+        self.register_buffer("sin", angles.sin().float().to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTables:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._build(self.cos.device)
+        return self
+
+    def forward(self, positions: Tensor | int) -> Rotation:
+        """Cosines and sines to give to `rotate`.
+
+        An integer T means positions 0..T-1 and gives `(T, 1, head_dim / 2)`; a tensor `(batch, T)` of positions gives
+        `(batch, T, 1, head_dim / 2)`.
+        """
+        if isinstance(positions, int):
+            return self.cos[:positions, None], self.sin[:positions, None]
+        return self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn each pair of channels (i, i + head_dim / 2) of `x` `(batch, T, heads, head_dim)` by its position's angle."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,194 @@
+"""The decoder-only transformer: one class for GPT-2, Llama and what lies between, switched by `ModelConfig`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from config.schema import ModelConfig
+from model.attention import Attention
+from model.cache import KVCache
+from model.feed_forward import FeedForward
+from model.init import initialise
+from model.loss import linear_cross_entropy
+from model.norms import make_norm
+from model.positions import RotaryTables, Rotation
+
+GradientCheckpointing = Literal["none", "selective", "full"]
+
+
+class Block(nn.Module):
+    """Attention and feed-forward layer, each normalised before and added to the residual stream after."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = make_norm(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """One step of the residual stream `x` `(batch, T, d_model)`."""
+        x = x + self.attention(self.attention_norm(x), rotation, cache, positions, mask)
+        y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+        return y
+
+
+class Transformer(nn.Module):
+    """A GPT-style language model over `config.vocab_size` tokens.
+
+    Built on a real device, it has the initial weights of seed 0. Built under `torch.device("meta")`, it has none until
+    `to_empty` and then `init_weights` or `load_state_dict`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing: GradientCheckpointing = "none"
+        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.position_embedding = None
+        self.rotary = None
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.context_length, config.d_model)
+        else:
+            self.rotary = RotaryTables(config.head_dim, config.context_length, config.rope_theta)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.final_norm = make_norm(config)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        if not self.token_embedding.weight.is_meta:
+            self.init_weights(0)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix `(padded vocabulary, d_model)` that makes logits: the head's, or the token embedding's if tied."""
+        return self.token_embedding.weight if self.head is None else self.head.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Predict the token after each of `tokens` `(batch, T)` int64.
+
+        Without `targets`: logits `(batch, T, vocab_size)`. With `targets` `(batch, T)` int64: the sum of the
+        cross-entropy in nats, a float32 scalar, over the targets that are not -100; divide it by their global number.
+        With a cache, `tokens` continue each row at `cache.lengths`, which grow by T. Raises ValueError where T tokens
+        do not fit into the context or the cache.
+        """
+        hidden = self._hidden(tokens, cache)
+        if targets is not None:
+            flat = hidden.flatten(0, 1)
+            return linear_cross_entropy(flat, self.output_weight, targets.flatten(), self._vocab_size)
+        return F.linear(hidden, self.output_weight)[..., : self._vocab_size]
+
+    def _hidden(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        """The normalised last residual stream `(batch, T, d_model)`."""
+        length = tokens.shape[1]
+        if length > self.config.context_length:
+            raise ValueError(f"{length} tokens do not fit into the context of {self.config.context_length}")
+        positions, mask = (None, None) if cache is None else _continue(cache, length)
+        x = self.token_embedding(tokens)
+        rotation: Rotation | None = None
+        if self.position_embedding is not None:
+            table = self.position_embedding.weight
+            x = x + (table[:length] if positions is None else F.embedding(positions, table))
+        elif self.rotary is not None:
+            rotation = self.rotary(length if positions is None else positions)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.blocks:
+            x = self._run(block, x, rotation, cache, positions, mask)
+        if cache is not None:
+            cache.lengths += length
+        hidden: Tensor = self.final_norm(x)
+        return hidden
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Any:
+        if self.gradient_checkpointing == "none" or not torch.is_grad_enabled():
+            return block(*inputs)
+        if self.gradient_checkpointing == "full":
+            return checkpoint(block, *inputs, use_reentrant=False)
+        contexts = partial(create_selective_checkpoint_contexts, _keep_products)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+    @property
+    def _vocab_size(self) -> int:
+        assert self.config.vocab_size is not None
+        return self.config.vocab_size
+
+    def init_weights(self, seed: int) -> None:
+        """Draw the initial weights; the same seed gives the same ones on every device."""
+        initialise(self, self.config, seed)
+
+    def set_gradient_checkpointing(self, mode: GradientCheckpointing) -> None:
+        """What the backward pass recomputes to save memory.
+
+        "none": nothing. "selective": all but matrix products and attention. "full": every block from its input.
+        """
+        self.gradient_checkpointing = mode
+
+    def num_parameters(self, non_embedding: bool = False) -> int:
+        """Number of weights, without the rows that pad the vocabulary.
+
+        `non_embedding` leaves out the tables that are only looked up: learned positions, and the token embedding unless
+        it is also the head.
+        """
+        padding = self.config.padded_vocab_size - self._vocab_size
+        tables = [self.token_embedding] if self.head is None else [self.token_embedding, self.head]
+        count = sum(parameter.numel() for parameter in self.parameters()) - len(tables) * padding * self.config.d_model
+        if non_embedding and self.position_embedding is not None:
+            count -= self.position_embedding.weight.numel()
+        if non_embedding and self.head is not None:
+            count -= self._vocab_size * self.config.d_model
+        return count
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations to train on one token of a sequence of `length` tokens, forward and backward.
+
+        Counted as in PaLM, appendix B (Chowdhery et al., 2022): 6 for each weight that multiplies, and
+        12 * n_layers * d_model * length for attention, without credit for the masked half. Recomputation and the rows
+        that pad the vocabulary are not counted: they are not useful work.
+        """
+        attention = 12 * self.config.n_layers * self.config.d_model * length
+        return 6 * self.num_parameters(non_embedding=True) + attention
+
+
+def _continue(cache: KVCache, length: int) -> tuple[Tensor, Tensor | None]:
+    """Positions `(batch, T)` of `length` new tokens per row, and the mask `(batch, 1, T, extent)` of what they may see.
+
+    No mask is needed where every row is empty: then the new tokens see only one another.
+    """
+    device = cache.lengths.device
+    positions = cache.lengths[:, None] + torch.arange(length, device=device)
+    if not torch.compiler.is_compiling():
+        longest = int(cache.lengths.max())
+        if longest + length > cache.extent:
+            raise ValueError(f"{length} more tokens do not fit: the cache holds {longest} of {cache.extent}")
+        if longest == 0 and length > 1:
+            return positions, None
+    return positions, torch.arange(cache.extent, device=device) <= positions[:, None, :, None]
+
+
+def _keep_products(_context: Any, operation: Any, *_arguments: Any, **_keywords: Any) -> CheckpointPolicy:
+    """Policy of selective checkpointing: keep what is dear to recompute, and recompute the rest."""
+    return CheckpointPolicy.MUST_SAVE if operation in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_aten = torch.ops.aten
+_DEAR = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
