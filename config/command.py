@@ -67,16 +67,20 @@ def resolve(
     return config
 
 
-def progress(**options: Any) -> Progress:
-    """A progress bar with count, elapsed time and ETA, on standard error; silent where that is no terminal."""
+def progress(in_bytes: bool = False, **options: Any) -> Progress:
+    """A progress bar with count (or bytes and their rate), elapsed time and ETA, on standard error.
+
+    It is silent where standard error is no terminal.
+    """
     from rich import progress as bars
     from rich.console import Console
 
     console = Console(stderr=True)
+    amount = [bars.DownloadColumn(), bars.TransferSpeedColumn()] if in_bytes else [bars.MofNCompleteColumn()]
     return bars.Progress(
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
-        bars.MofNCompleteColumn(),
+        *amount,
         bars.TimeElapsedColumn(),
         bars.TextColumn("ETA"),
         bars.TimeRemainingColumn(),

@@ -194,6 +194,7 @@ class FilesSourceConfig(Section):
     kind: Literal["files"]
     paths: list[str]
     text_column: str = "text"
+    max_document_bytes: PositiveInt = 1_000_000
 
 
 class HubSourceConfig(Section):

@@ -75,6 +75,7 @@ def _read(
     folder: Path, manifest: RawManifest, source: SourceConfig, name: str, part: int, parts: int
 ) -> Iterator[Document | BadRecord]:
     from data.formats import read_rows
+    from data.quarantine import read_quarantine
     from data.store import read_stored
 
     if part == 0:
@@ -114,15 +115,3 @@ def _published(source: str, path: str, row: Row | Fault) -> Document | BadRecord
 def bad_record(source: str, location: str, fault: Fault) -> BadRecord:
     """What a reader found wrong, as the record that is counted and quarantined."""
     return BadRecord(source, location, fault.reason, fault.excerpt, fault.count, fault.columns)
-
-
-def read_quarantine(path: Path, source: str) -> Iterator[BadRecord]:
-    """The records that were set aside when the source was downloaded."""
-    import orjson
-
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        for line in file:
-            entry = orjson.loads(line)
-            yield BadRecord(source, entry["location"], entry["reason"], entry["excerpt"], entry["count"])

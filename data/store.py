@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -12,9 +13,11 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from config.errors import UserError
 from config.files import disk_errors
-from data.documents import BadRecord, Document, document_id
+from data.documents import Document, document_id
 from data.manifest import QUARANTINE, RawFile, file_sha256
+from data.quarantine import Quarantine
 
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string()), ("metadata", pa.string())])
 GROUP_DOCUMENTS = 1000
@@ -26,14 +29,15 @@ class DocumentWriter:
     """Writes documents of one source into `folder` as `documents-00000.parquet` and so on, in the order they come.
 
     Row groups hold at most 1,000 documents or about 1 MiB of text, so that readers share and bound their work by them.
-    Bad records go to `quarantine.jsonl`. The bytes depend on the documents alone. A full disk raises `UserError`.
+    Bad records go into its `quarantine`, beside them. The bytes depend on the documents alone. A full disk raises
+    `UserError`.
     """
 
     def __init__(
         self, folder: Path, source: str, *, first_file: int = 0, file_characters: int = FILE_CHARACTERS
     ) -> None:
         self.documents = 0
-        self.bad: Counter[str] = Counter()
+        self.quarantine = Quarantine(folder / QUARANTINE)
         self.files: list[RawFile] = []
         self._folder = folder
         self._source = source
@@ -44,7 +48,6 @@ class DocumentWriter:
         self._written_characters = 0
         self._path: Path | None = None
         self._parquet: Any = None
-        self._quarantine: IO[bytes] | None = None
 
     def __enter__(self) -> DocumentWriter:
         return self
@@ -54,11 +57,13 @@ class DocumentWriter:
     ) -> None:
         if error is None:
             self.close()
-        else:
+            return
+        # What is being written is thrown away, and a full disk would only fail once more.
+        with suppress(OSError):
             if self._parquet is not None:
                 self._parquet.close()
-            if self._quarantine is not None:
-                self._quarantine.close()
+        with suppress(UserError):
+            self.quarantine.close()
 
     def add(self, position: str, text: str, metadata: dict[str, Any]) -> None:
         """Append one document; its id is made of the source and `position`."""
@@ -68,22 +73,11 @@ class DocumentWriter:
         if len(self._group) >= GROUP_DOCUMENTS or self._group_characters >= GROUP_CHARACTERS:
             self._flush()
 
-    def reject(self, record: BadRecord) -> None:
-        """Set a bad record aside and count it."""
-        self.bad[record.reason] += record.count
-        with disk_errors(self._folder):
-            if self._quarantine is None:
-                self._quarantine = open(self._folder / QUARANTINE, "ab")
-            entry = {"location": record.location, "reason": record.reason, "count": record.count}
-            self._quarantine.write(orjson.dumps(entry | {"excerpt": record.excerpt}) + b"\n")
-
     def close(self) -> list[RawFile]:
         """Finish the last file; all of them, with their checksums."""
         self._flush()
         self._finish_file()
-        if self._quarantine is not None:
-            with disk_errors(self._folder):
-                self._quarantine.close()
+        self.quarantine.close()
         return self.files
 
     def _flush(self) -> None:
@@ -112,7 +106,16 @@ class DocumentWriter:
         self.files.append(RawFile(path=self._path.name, bytes=size, sha256=file_sha256(self._path), documents=rows))
 
 
-def read_stored(file: IO[bytes], source: str, wanted: Any) -> Iterator[Document]:
+def empty_folder(folder: Path) -> None:
+    """Remove what an interrupted run left in `folder`, where that cannot be continued."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def read_stored(file: IO[bytes], source: str, wanted: Callable[[int], bool]) -> Iterator[Document]:
     """The documents of one file that `DocumentWriter` made; `wanted` chooses its row groups by number."""
     content = pq.ParquetFile(file)
     for group in filter(wanted, range(content.num_row_groups)):

@@ -1,8 +1,8 @@
 """Kinds of sources, one module per kind, chosen by the `kind:` of a source's configuration.
 
-A kind is a module with two functions. `revision(config)` is the state of the origin as far as it can be told without
-a network, or None; a source whose revision changed is fetched again. `download(name, config, folder, job)` fills
-`folder`, which may hold what an interrupted run left, and returns the manifest; it is not yet saved.
+A kind is a module with two functions. `revision(name, config)` is the state of the origin as far as it can be told
+without a network, or None; a source whose revision changed is fetched again. `download(name, config, folder, job)`
+fills `folder`, which may hold what an interrupted run left, and returns the manifest; it is not yet saved.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ class Job:
 
     max_bad_fraction: float = 0.05
     """Stop when more records than this cannot be read."""
+    previous: Path | None = None
+    """The folder of an earlier complete download, whose files may be used again where they are still right."""
     progress: Progress = field(default_factory=_silent)
 
 
 class Source(Protocol):
     """The two functions of a kind's module."""
 
-    def revision(self, config: Any) -> str | None:
+    def revision(self, name: str, config: Any) -> str | None:
         """The origin's state, where it can be told without a network."""
 
     def download(self, name: str, config: Any, folder: Path, job: Job) -> RawManifest:

@@ -38,7 +38,7 @@ LEFT_OUT = {
 }
 
 
-def revision(config: SampleSourceConfig) -> str:
+def revision(name: str, config: SampleSourceConfig) -> str:
     """The interpreter's version."""
     return platform.python_version()
 
@@ -46,12 +46,13 @@ def revision(config: SampleSourceConfig) -> str:
 def download(name: str, config: SampleSourceConfig, folder: Path, job: Job) -> RawManifest:
     """Copy the running interpreter's standard library and language reference into `folder` as documents."""
     from data.formats import read_rows
-    from data.store import DocumentWriter
+    from data.store import DocumentWriter, empty_folder
 
+    empty_folder(folder)
     library = Path(sysconfig.get_paths()["stdlib"])
     modules = standard_library(library)
     topics = language_reference()
-    task = job.progress.add_task(name, total=len(modules) + len(topics))
+    task = job.progress.add_task(name, total=sum(path.stat().st_size for path in modules))
     with DocumentWriter(folder, name) as writer:
         for path in modules:
             position = f"stdlib/{path.relative_to(library).as_posix()}"
@@ -61,11 +62,10 @@ def download(name: str, config: SampleSourceConfig, folder: Path, job: Job) -> R
                 if not isinstance(row, Fault):
                     writer.add(position, row.text, {"path": position})
                 elif row.reason != "empty":
-                    writer.reject(BadRecord(name, position, row.reason, row.excerpt))
-            job.progress.advance(task)
+                    writer.quarantine.add(BadRecord(name, position, row.reason, row.excerpt))
+            job.progress.advance(task, path.stat().st_size)
         for topic, text in topics:
             writer.add(f"pydoc_data/{topic}", text, {"path": f"pydoc_data/{topic}"})
-            job.progress.advance(task)
     if not writer.documents:
         raise UserError(
             f"This Python has no sources of its standard library in {library}, so there is no built-in sample. "
@@ -75,13 +75,13 @@ def download(name: str, config: SampleSourceConfig, folder: Path, job: Job) -> R
         source=name,
         kind="sample",
         origin=f"standard library and language reference of Python {platform.python_version()}",
-        revision=revision(config),
+        revision=revision(name, config),
         licence="PSF-2.0",
         retrieved=datetime.now(UTC).replace(microsecond=0),
         settings=config.model_dump(mode="json"),
         layout="documents",
         files=writer.files,
-        quarantined=dict(writer.bad),
+        quarantined=dict(writer.quarantine.counts),
     )
 
 
