@@ -65,6 +65,13 @@ class KVCache:
         part.lengths, part.extent = self.lengths[start:stop], self.extent
         return part
 
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row `target` hold what row `source` holds."""
+        length = int(self.lengths[source])
+        for memory in (self.keys, self.values):
+            memory[:, target, :, :length] = memory[:, source, :, :length]
+        self.lengths[target] = length
+
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write `(batch, T, kv_heads, head_dim)` at `positions` `(batch, T)`; return all of the layer up to `extent`.
 

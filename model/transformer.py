@@ -89,6 +89,15 @@ class Transformer(nn.Module):
             return linear_cross_entropy(flat, self.output_weight, targets.flatten(), self._vocab_size)
         return F.linear(hidden, self.output_weight)[..., : self._vocab_size]
 
+    def next_logits(self, tokens: Tensor, cache: KVCache, last: Tensor) -> Tensor:
+        """Run `tokens` as `forward` does, but give only the logits after position `last` `(batch,)` of each row.
+
+        Returns `(batch, vocab_size)`. The logits of a whole prompt would take most of the memory for nothing.
+        """
+        hidden = self._hidden(tokens, cache)
+        chosen = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+        return F.linear(chosen, self.output_weight)[:, : self._vocab_size]
+
     def _hidden(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
         """The normalised last residual stream `(batch, T, d_model)`."""
         length = tokens.shape[1]
