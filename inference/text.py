@@ -1,0 +1,89 @@
+"""From a stream of tokens to a stream of text: whole characters only, and never a part of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data.tokenization import Tokenizer
+
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for bytes that are not (yet) a character
+
+
+class Detokenizer:
+    """Text of tokens as they come, so that the pieces joined are the text of all of them after their context.
+
+    Decoding token by token would break characters that span tokens, and with SentencePiece lose spaces. So each step
+    decodes from the last clean border but one, and text that ends inside a character waits for the next token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(context[-8:])
+        self._clean = len(self._ids)
+
+    def push(self, token: int) -> str:
+        """Add one token; return the text that is certain now, maybe nothing."""
+        self._ids.append(token)
+        text = self._pending()
+        if not text or text.endswith(REPLACEMENT):
+            return ""
+        self._ids = self._ids[self._clean :]
+        self._clean = len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """The rest, where incomplete characters are U+FFFD."""
+        text = self._pending()
+        self._ids, self._clean = [], 0
+        return text
+
+    def _pending(self) -> str:
+        known = self._decode(self._ids[: self._clean])
+        return self._decode(self._ids)[len(known) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+
+
+class StopStrings:
+    """Lets text through up to the first stop string, and holds back what may turn out to be the start of one.
+
+    The stop string whose last character comes first ends the text; of several that end together, the longest does. So
+    the outcome does not depend on how the text is cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Add a piece; return the text that may be shown, and set `stopped` once a stop string is complete."""
+        if self.stopped:
+            return ""
+        self._held += text
+        ends = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            shown, self._held = self._held[: min(ends)[1]], ""
+            return shown
+        safe = len(self._held) - self._longest_beginning()
+        shown, self._held = self._held[:safe], self._held[safe:]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, when no more text comes."""
+        shown, self._held = self._held, ""
+        return shown
+
+    def _longest_beginning(self) -> int:
+        """Length of the longest end of the held text with which a stop string begins."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            ending = self._held[-length:]
+            if any(stop.startswith(ending) for stop in self._stops):
+                return length
+        return 0
