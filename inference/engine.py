@@ -5,8 +5,8 @@ the cache) and draws its first token; every later step *decodes* one token of al
 join and leave between steps. The running ones always fill the first rows of the cache: when one leaves, the last row
 moves into its place, so no step works on empty rows.
 
-A model sees at most `context_length` tokens. When a sequence grows past that, the engine drops its oldest tokens, half a
-context at a time, and prefills the rest again. Where the window begins depends on the length alone, so a prompt that
+A model sees at most `context_length` tokens. When a sequence grows past that, the engine drops its oldest tokens, half
+a context at a time, and prefills the rest again. Where the window begins depends on the length alone, so a prompt that
 is too long is cut just as a text that became too long.
 
 What a sequence draws depends on its own tokens, settings and seed, not on what it is batched with.

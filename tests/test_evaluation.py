@@ -1,0 +1,204 @@
+"""Perplexity: which tokens are scored, with what context, and that nothing else changes the figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from config.load import load_config
+from evaluation.bootstrap import ratio_interval
+from evaluation.perplexity import Evaluation, default_batch_size, evaluate_tokens
+from model.transformer import Transformer
+
+VOCAB_SIZE = 50
+
+
+def small_model() -> Transformer:
+    config = load_config(
+        [],
+        ["model.n_layers=2", "model.d_model=32", "model.n_heads=2", "model.context_length=16"]
+        + [f"model.vocab_size={VOCAB_SIZE}", "model.zero_init_projections=false", "model.init_std=0.3"],
+    )
+    return Transformer(config.model)
+
+
+MODEL = small_model()
+TOKENS = np.random.default_rng(0).integers(0, VOCAB_SIZE, 400).astype(np.uint16)
+
+
+def evaluate(tokens: np.ndarray = TOKENS, model: nn.Module = MODEL, **options: Any) -> Evaluation:
+    defaults: dict[str, Any] = {"context_length": 16, "stride": 8, "batch_size": 4, "device": "cpu"}
+    return evaluate_tokens(model, tokens, **{**defaults, **options})
+
+
+class Recorder(nn.Module):
+    """Remembers the windows it was shown; knows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[int]] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen += inputs.tolist()
+        return torch.zeros(*inputs.shape, 100)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(2, 90), st.integers(1, 20), st.data())
+def test_every_token_but_the_first_is_scored_once_with_context(count: int, context: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, context))
+    batch_size = data.draw(st.integers(1, 5))
+    tokens = np.arange(count)
+    model = Recorder()
+    blocks = np.arange(1, count + 1)  # a block per token: its sums say how often it was scored
+    found = evaluate(tokens, model, context_length=context, stride=stride, batch_size=batch_size, block_ends=blocks)
+    assert found.block_sums[:, 1].tolist() == [0.0] + [1.0] * (count - 1)
+    assert found.tokens == count - 1
+    assert {len(window) for window in model.seen} == {min(context, count - 1)}
+    ends = [window[-1] + 1 for window in model.seen]
+    assert ends == sorted(set(ends)) and ends[-1] == count - 1
+    assert all(later - earlier <= stride for earlier, later in zip(ends, ends[1:]))
+
+
+def test_loss_is_that_of_a_plain_loop() -> None:
+    losses = []
+    with torch.no_grad():
+        for target in range(1, 60):
+            # The window of the stride's grid in which this target is scored for the first time.
+            end = 16 if target <= 16 else 16 + -(-(target - 16) // 8) * 8
+            end = min(end, 59)
+            window = torch.from_numpy(TOKENS[max(0, end - 16) : target].astype(np.int64))[None]
+            log_probabilities = MODEL(window)[0, -1].log_softmax(-1)
+            losses.append(-float(log_probabilities[int(TOKENS[target])]))
+    found = evaluate(TOKENS[:60])
+    assert found.loss == pytest.approx(np.mean(losses), rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+
+
+def test_more_context_helps_a_model_that_can_use_it() -> None:
+    class Echo(nn.Module):
+        """Knows a token's successor once it has seen it in the window."""
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            logits = torch.zeros(*inputs.shape, VOCAB_SIZE)
+            for row, window in enumerate(inputs.tolist()):
+                known: dict[int, int] = {}
+                for place, token in enumerate(window):
+                    if place:
+                        known[window[place - 1]] = token
+                    if token in known:
+                        logits[row, place, known[token]] = 10.0
+            return logits
+
+    tokens = np.tile(np.arange(6), 20)
+    apart, strided = evaluate(tokens, Echo(), stride=16), evaluate(tokens, Echo(), stride=4)
+    assert strided.tokens == apart.tokens
+    assert strided.loss < 0.6 * apart.loss
+
+
+def test_figures_do_not_depend_on_batch_size_or_number_of_processes() -> None:
+    sizes = np.arange(VOCAB_SIZE, dtype=np.int32)
+    ends = np.array([50, 51, 200, 390, 400])
+    whole = evaluate(token_bytes=sizes, block_ends=ends)
+    for batch_size in (1, 7, 100):
+        other = evaluate(token_bytes=sizes, block_ends=ends, batch_size=batch_size)
+        np.testing.assert_allclose(other.block_sums, whole.block_sums, rtol=1e-6)
+        assert (other.tokens, other.bytes) == (whole.tokens, whole.bytes)
+    for world_size in (2, 3, 70):
+        total = np.zeros_like(whole.block_sums)
+
+        def all_reduce(sums: Tensor) -> None:
+            total[...] += sums.numpy()
+            sums.copy_(torch.from_numpy(whole.block_sums))
+
+        for rank in range(world_size):
+            options: dict[str, Any] = {"rank": rank, "world_size": world_size, "all_reduce": all_reduce}
+            assert evaluate(token_bytes=sizes, block_ends=ends, **options).loss == whole.loss
+        np.testing.assert_allclose(total, whole.block_sums, rtol=1e-6)
+
+
+def test_max_tokens_scores_exactly_the_first_ones() -> None:
+    assert evaluate(max_tokens=100).block_sums.tolist() == evaluate(TOKENS[:101]).block_sums.tolist()
+    assert evaluate(max_tokens=100).tokens == 100
+    assert evaluate(max_tokens=10**9).tokens == 399
+
+
+def test_bits_per_byte_counts_the_text_of_the_scored_tokens_alone() -> None:
+    sizes = np.full(VOCAB_SIZE, 3, dtype=np.int32)
+    special = int(TOKENS[7])
+    sizes[special] = 0
+    found = evaluate(TOKENS[:17], context_length=16, token_bytes=sizes)
+    with torch.no_grad():
+        log_probabilities = MODEL(torch.from_numpy(TOKENS[:16].astype(np.int64))[None])[0].log_softmax(-1)
+    text = [(place, int(token)) for place, token in enumerate(TOKENS[1:17]) if token != special]
+    nats = -sum(float(log_probabilities[place, token]) for place, token in text)
+    assert found.bytes == 3 * len(text) < 3 * 16
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / (3 * len(text)), rel=1e-6)
+    assert evaluate().bits_per_byte is None
+
+
+def test_leaves_the_mode_of_the_model_and_turns_dropout_off() -> None:
+    config = MODEL.config.model_copy(update={"dropout": 0.5})
+    model = Transformer(config)
+    model.load_state_dict(MODEL.state_dict())
+    model.train()
+    assert evaluate(model=model).loss == evaluate().loss
+    assert model.training
+
+
+def test_interval_holds_the_truth_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        sizes = generator.integers(5, 50, size=60).astype(np.float64)
+        losses = generator.normal(2.0, 0.5, size=60) * sizes
+        interval = ratio_interval(losses, sizes)
+        assert interval is not None
+        hits += interval[0] <= 2.0 <= interval[1]
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_interval_is_deterministic_and_absent_where_it_would_mean_nothing() -> None:
+    values = np.random.default_rng(1).normal(3.0, 1.0, size=5000)
+    ones = np.ones(5000)
+    interval = ratio_interval(values, ones)
+    assert interval == ratio_interval(values, ones)
+    assert interval is not None
+    half_width = 1.96 / 5000**0.5
+    assert interval[1] - interval[0] == pytest.approx(2 * half_width, rel=0.15)
+    assert ratio_interval(values[:7], ones[:7]) is None
+    assert ratio_interval(np.r_[values[:7], 0.0], np.r_[ones[:7], 0.0]) is None
+
+
+def test_result_as_json() -> None:
+    found = evaluate(token_bytes=np.ones(VOCAB_SIZE, dtype=np.int32))
+    saved = json.loads(json.dumps(found.to_dict()))
+    assert saved["perplexity"] == pytest.approx(math.exp(saved["loss"]))
+    assert saved["loss_interval"][0] < saved["loss"] < saved["loss_interval"][1]
+    assert saved["perplexity_interval"][0] == pytest.approx(math.exp(saved["loss_interval"][0]))
+    assert saved["tokens"] == saved["bytes"] == 399
+
+
+@pytest.mark.parametrize(("options", "reason"), [({"stride": 17}, "stride"), ({"stride": 0}, "stride")])
+def test_a_stride_that_would_skip_tokens_is_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        evaluate(**options)
+
+
+def test_one_token_is_too_few() -> None:
+    with pytest.raises(ValueError, match="two tokens"):
+        evaluate(TOKENS[:1])
+
+
+def test_default_batch_keeps_the_logits_small() -> None:
+    assert default_batch_size(256, 4096) == 64
+    assert default_batch_size(1024, 50257) == 2
+    assert default_batch_size(8192, 200_000) == 1
