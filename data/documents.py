@@ -78,7 +78,7 @@ def _read(
     from data.quarantine import read_quarantine
     from data.store import read_stored
 
-    if part == 0:
+    if part == 0 and manifest.quarantined:
         yield from read_quarantine(folder / QUARANTINE, name)
     for index, raw in enumerate(manifest.files):
         wanted = _share(raw.path, index, len(manifest.files), part, parts)

@@ -35,8 +35,9 @@ def download_datasets(
 ) -> None:
     """Download text into corpus/raw/, one folder per source.
 
-    The built-in source `sample` needs no network. A download that was interrupted continues where it stopped, and one
-    that is complete is not fetched again.
+    The built-in source, sample, needs no network.
+
+    What was interrupted is continued, and what is complete is not fetched again.
     """
     names = [word for word in words or [] if "=" not in word]
     overrides = [word for word in words or [] if "=" in word]
@@ -47,7 +48,7 @@ def download_datasets(
         print_sources(config.data)
         return
     _download(names or config.data.use, config, force, verify)
-    print(f"Next: {_next_command(names, recipe, overrides)}")
+    print(f"Next: {_next_command(names if names != config.data.use else [], recipe, overrides)}")
 
 
 def _download(names: list[str], config: Config, force: bool, verify: bool) -> None:
@@ -58,7 +59,7 @@ def _download(names: list[str], config: Config, force: bool, verify: bool) -> No
     check_names(names, config.data)
     for name in dict.fromkeys(names):
         try:
-            with progress(in_bytes=True) as bars:
+            with progress(in_bytes=not getattr(config.data.sources[name], "streaming", False)) as bars:
                 job = Job(config.data.preprocess.max_bad_fraction, progress=bars)
                 done = download_source(name, config.data, job=job, force=force, verify=verify)
         except KeyboardInterrupt as error:

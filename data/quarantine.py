@@ -37,6 +37,13 @@ class Quarantine:
                 self._file = open(self.path, "ab")
             self._file.write(orjson.dumps(entry) + b"\n")
 
+    def flush(self) -> int:
+        """Hand what is written to the system; the length of the file in bytes."""
+        if self._file is not None:
+            with disk_errors(self.path):
+                self._file.flush()
+        return self.path.stat().st_size if self.path.exists() else 0
+
     def close(self) -> None:
         """Flush and close the file."""
         if self._file is not None:

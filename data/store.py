@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -34,14 +34,14 @@ class DocumentWriter:
     """
 
     def __init__(
-        self, folder: Path, source: str, *, first_file: int = 0, file_characters: int = FILE_CHARACTERS
+        self, folder: Path, source: str, *, files: Sequence[RawFile] = (), file_characters: int = FILE_CHARACTERS
     ) -> None:
+        """`files` are those that an earlier writer finished, which this one goes on from."""
         self.documents = 0
         self.quarantine = Quarantine(folder / QUARANTINE)
-        self.files: list[RawFile] = []
+        self.files = list(files)
         self._folder = folder
         self._source = source
-        self._first_file = first_file
         self._file_characters = file_characters
         self._group: list[tuple[str, str, str]] = []
         self._group_characters = 0
@@ -86,7 +86,7 @@ class DocumentWriter:
         columns = [list(column) for column in zip(*self._group)]
         with disk_errors(self._folder):
             if self._parquet is None:
-                number = self._first_file + len(self.files)
+                number = len(self.files)
                 self._path = self._folder / f"documents-{number:05d}.parquet"
                 self._parquet = pq.ParquetWriter(self._path, SCHEMA, compression="zstd", store_schema=False)
             self._parquet.write_table(pa.table(columns, schema=SCHEMA))

@@ -29,11 +29,13 @@ def read_rows(
     limit: int | None = None,
     with_columns: bool = False,
     document_bytes: int = DOCUMENT_BYTES,
+    start: int = 0,
 ) -> Iterator[Row | Fault]:
     """The rows of an open binary file whose format the suffix of `path` tells; memory is bounded by the longest row.
 
     `wanted` chooses the units to read (row groups, blocks of rows, pieces of a text file), `limit` the number of rows,
     `with_columns` asks for the short columns beside the text, `document_bytes` is where a long text file is cut.
+    Rows numbered below `start` may be passed over, where that saves reading them.
     """
     suffix = suffix_of(path)
     if suffix is None:
@@ -41,7 +43,7 @@ def read_rows(
     if suffix == ".parquet":
         from data.formats.parquet import read_parquet
 
-        return read_parquet(file, text_column, wanted, limit, with_columns)
+        return read_parquet(file, text_column, wanted, limit, with_columns, start)
     path = path.lower()
     if suffix.startswith(".jsonl"):
         from data.formats.jsonl import read_jsonl
@@ -54,3 +56,12 @@ def read_rows(
     from data.formats.plain import read_text
 
     return read_text(file, path, wanted, limit, document_bytes)
+
+
+def count_rows(file: IO[bytes], path: str, text_column: str) -> int:
+    """Rows of an open file, faulty ones included: what `limit` counts. Parquet tells, other formats must be read."""
+    if suffix_of(path) == ".parquet":
+        from data.formats.parquet import count_parquet_rows
+
+        return count_parquet_rows(file)
+    return sum(row.count if isinstance(row, Fault) else 1 for row in read_rows(file, path, text_column))

@@ -11,14 +11,15 @@ import pyarrow.parquet as pq
 from data.formats.rows import Fault, Row, Wanted, plain_columns, row_or_fault
 
 BATCH_BYTES = 16 << 20
+BUFFER_BYTES = 1 << 20
 
 
 def read_parquet(
-    file: IO[bytes], text_column: str, wanted: Wanted, limit: int | None, with_columns: bool, start: int = 0
+    file: IO[bytes], text_column: str, wanted: Wanted, limit: int | None, with_columns: bool, start: int
 ) -> Iterator[Row | Fault]:
     """One row per row of the file, numbered from 0; row groups that lie wholly before row `start` are not read."""
     try:
-        content = pq.ParquetFile(file)
+        content = pq.ParquetFile(file, buffer_size=BUFFER_BYTES)
     except (pa.ArrowException, OSError) as error:
         if wanted(0):
             yield Fault(0, "corrupt", str(error).splitlines()[0])
@@ -36,6 +37,14 @@ def read_parquet(
             else:
                 yield Fault(first, "missing-text", "", size, tuple(schema.names))
         first += size
+
+
+def count_parquet_rows(file: IO[bytes]) -> int:
+    """Rows that the footer states; 1 for a file that cannot be opened, which is read as one fault."""
+    try:
+        return int(pq.read_metadata(file).num_rows)
+    except (pa.ArrowException, OSError):
+        return 1
 
 
 def _read_group(

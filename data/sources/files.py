@@ -56,9 +56,10 @@ def download(name: str, config: FilesSourceConfig, folder: Path, job: Job) -> Ra
                 else:
                     writer.add(where, row.text, {**row.columns, "file": position, "row": row.number})
     if not writer.documents and +missing:
-        columns = ", ".join(max(missing, key=missing.__getitem__))
+        columns = max(missing, key=missing.__getitem__)
         raise UserError(
-            f"Source {name!r}: no row has text in a column {config.text_column!r}. The columns are: {columns}. "
+            f"Source {name!r}: no row has text in a column {config.text_column!r}. The columns are: "
+            f"{', '.join(columns)}. "
             f"Set data.sources.{name}.text_column to one of them."
         )
     bad = writer.quarantine

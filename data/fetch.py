@@ -1,0 +1,230 @@
+"""Files over HTTP that are continued at the byte after an interruption and verified while they arrive.
+
+A file `name` is written to `name.part`. Beside it `name.fetch` says of which content that is a part: the address, the
+strong ETag of the answer, the publisher's checksum. After an interruption, `kill -9` included, the part is hashed again
+from disk and the rest is asked for with `Range` and `If-Range`, so a server whose file has changed sends it whole.
+When size and checksum are right the part takes its name. Errors that pass (429, 5xx, broken connections) are tried
+again, after as long as `Retry-After` says, for as long as tries bring new bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import httpx
+import tenacity
+
+from config.files import disk_errors
+from data.transport.notes import Fetched, RemoteFile, finished, read_note, unfinished_bytes, write_note
+from data.transport.retry import (
+    FRUITLESS_TRIES,
+    FetchError,
+    Passing,
+    check_status,
+    network,
+    strong_etag,
+    waiting_time,
+)
+
+if TYPE_CHECKING:
+    from data.transport.notes import Note
+
+DAMAGED_TRIES = 3
+
+
+class Stopped(Exception):
+    """The fetch was told to stop; what has arrived stays for the next one."""
+
+
+class FileFetch:
+    """One file being fetched with `client`; `run()` returns when it is complete.
+
+    Args:
+        advance: called with the number of bytes that came in, or minus those that turned out worthless.
+        stop: makes `run` raise `Stopped` at the next chunk or wait.
+        first_wait: seconds before the second try; it doubles with every try that brings nothing.
+    """
+
+    def __init__(
+        self,
+        client: httpx.Client,
+        file: RemoteFile,
+        advance: Callable[[int], None] = lambda count: None,
+        stop: threading.Event | None = None,
+        first_wait: float = 1.0,
+    ) -> None:
+        self._client = client
+        self._file = file
+        self._advance = advance
+        self._stop = stop or threading.Event()
+        self._first_wait = first_wait
+        self._part = file.part
+        self._digests = _Digests(file)
+        self._length = 0
+        self._best = 0
+        self._fruitless = 0
+        self._damaged = 0
+
+    def run(self) -> Fetched:
+        """Fetch, or go on fetching, until the file is there. Raises `FetchError` when that is of no use any more."""
+        done = finished(self._file)
+        if done is not None:
+            return done
+        with disk_errors(self._part):
+            self._part.parent.mkdir(parents=True, exist_ok=True)
+            self._file.path.unlink(missing_ok=True)
+            self._recover()
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Passing),
+            after=self._count,
+            wait=lambda state: waiting_time(state, self._fruitless, self._first_wait),
+            stop=lambda state: self._fruitless >= FRUITLESS_TRIES or self._damaged >= DAMAGED_TRIES,
+            sleep=tenacity.nap.sleep_using_event(self._stop),
+            reraise=True,
+        )
+        try:
+            retrying(self._try)
+        except Passing as error:
+            raise FetchError(
+                f"{self._file.url} could not be fetched: {error}. Try again later.", error.status
+            ) from error
+        return self._finish()
+
+    def _count(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        self._damaged += isinstance(error, Passing) and error.damaged
+        self._fruitless = 0 if self._length > self._best else self._fruitless + 1
+        self._best = max(self._best, self._length)
+
+    def _recover(self) -> None:
+        """Take up the part that is on disk, if it is one of the content that is wanted now."""
+        if not unfinished_bytes(self._file):
+            return
+        with open(self._part, "rb") as part:
+            while block := part.read(1 << 20):
+                self._check_stop()
+                self._digests.update(block)
+                self._length += len(block)
+        self._best = self._length
+
+    def _try(self) -> None:
+        """One request, from where the part ends to the end of the file."""
+        self._check_stop()
+        if self._length and self._length == self._file.size:
+            self._verify()
+            return
+        headers = {"Accept-Encoding": "identity"}
+        note = read_note(self._file)
+        if self._length:
+            headers["Range"] = f"bytes={self._length}-"
+            if note is not None and note.etag is not None:
+                headers["If-Range"] = note.etag
+        with network(), self._client.stream("GET", self._file.url, headers=headers) as response:
+            total = self._accept(response, note)
+            with disk_errors(self._part), open(self._part, "r+b" if self._length else "wb") as part:
+                part.seek(self._length)
+                part.truncate()
+                for chunk in response.iter_raw():
+                    self._check_stop()
+                    part.write(chunk)
+                    self._digests.update(chunk)
+                    self._length += len(chunk)
+                    self._advance(len(chunk))
+                    if self._file.size is not None and self._length > self._file.size:
+                        break
+        if self._file.size is None and total is not None and self._length < total:
+            raise Passing("the connection was cut")
+        self._verify()
+
+    def _accept(self, response: httpx.Response, note: Note | None) -> int | None:
+        """Check the head of the answer and make the part fit it; the length of the whole file, where it is told."""
+        if response.status_code == 416:
+            self._discard()
+            raise Passing("the part on disk is longer than the file", damaged=True)
+        check_status(response)
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise FetchError(f"{self._file.url} is sent compressed, so its size and checksum cannot be told.")
+        etag = strong_etag(response)
+        total = _total(response)
+        if response.status_code == 206:
+            same = note is None or note.etag is None or etag is None or etag == note.etag
+            if not same or not response.headers.get("Content-Range", "").startswith(f"bytes {self._length}-"):
+                self._discard()
+                raise Passing("the file changed meanwhile")
+            return total
+        self._discard()
+        if self._file.size is not None and total is not None and total != self._file.size:
+            raise Passing(f"it has {total} bytes instead of {self._file.size}", damaged=True)
+        write_note(self._file, etag=etag)
+        return total
+
+    def _verify(self) -> None:
+        """Discard the part and raise `Passing` if it is not the file that the publisher describes."""
+        size = self._file.size
+        if size is not None and self._length < size:
+            raise Passing("the connection was cut")
+        problem = None
+        if size is not None and self._length > size:
+            problem = f"more came than its {size} bytes"
+        elif not self._digests.right():
+            problem = f"its {self._digests.algorithm} is not what the publisher states"
+        if problem is not None:
+            self._discard()
+            raise Passing(problem, damaged=True)
+
+    def _discard(self) -> None:
+        self._advance(-self._length)
+        self._length = 0
+        self._digests = _Digests(self._file)
+        with disk_errors(self._part), open(self._part, "wb"):
+            pass
+
+    def _finish(self) -> Fetched:
+        sha256 = self._digests.sha256.hexdigest()
+        with disk_errors(self._part):
+            with open(self._part, "rb+") as part:
+                os.fsync(part.fileno())
+            note = read_note(self._file)
+            write_note(self._file, etag=note.etag if note else None, size=self._length, sha256=sha256)
+            os.replace(self._part, self._file.path)
+        return Fetched(self._file, self._length, sha256)
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
+
+
+class _Digests:
+    """The publisher's checksum of a file and its SHA-256, over the bytes so far."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self.sha256 = hashlib.sha256()
+        self.algorithm, self._expected = file.checksum or ("sha256", "")
+        self._other: hashlib._Hash | None = None
+        if self.algorithm == "git-sha1":
+            self._other = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+        elif self.algorithm != "sha256":
+            self._other = hashlib.new(self.algorithm)
+
+    def update(self, data: bytes) -> None:
+        """Add `data`."""
+        self.sha256.update(data)
+        if self._other is not None:
+            self._other.update(data)
+
+    def right(self) -> bool:
+        """Whether the checksum is the expected one, if any is."""
+        return not self._expected or (self._other or self.sha256).hexdigest() == self._expected
+
+
+def _total(response: httpx.Response) -> int | None:
+    """Length of the whole file by the answer's head, or None where that does not tell."""
+    if response.status_code == 206:
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        return int(total) if total.isdigit() else None
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isdigit() else None

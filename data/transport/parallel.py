@@ -1,0 +1,141 @@
+"""Many files at once: threads that each fetch one file, few enough per host, with progress for each and for all."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+
+from data.fetch import FileFetch, Stopped
+from data.listing import format_bytes
+from data.transport.notes import Fetched, RemoteFile, present_bytes
+from data.transport.retry import TIMEOUT
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+CONNECTIONS_PER_HOST = 4
+MOST_CONNECTIONS = 16
+SECONDS_BETWEEN_LINES = 30.0
+
+
+def fetch_files(
+    files: Sequence[RemoteFile],
+    *,
+    name: str,
+    headers: Mapping[str, str],
+    progress: Progress,
+    connections_per_host: int = CONNECTIONS_PER_HOST,
+    first_wait: float = 1.0,
+) -> list[Fetched]:
+    """Fetch all `files`, in parallel, and return them in the same order.
+
+    What an earlier run left is continued. The first error stops the rest and is raised; so is Ctrl-C. Where the bars of
+    `progress` are off because standard error is no terminal, a line there every half minute says how far things are.
+
+    Args:
+        name: what the bars are about.
+        headers: sent with every request, but never to another host that it is redirected to if it authorises.
+        connections_per_host: most requests at a time to one host.
+    """
+    return _Transfer(files, name, headers, progress, connections_per_host, first_wait).run()
+
+
+class _Transfer:
+    def __init__(
+        self,
+        files: Sequence[RemoteFile],
+        name: str,
+        headers: Mapping[str, str],
+        progress: Progress,
+        connections_per_host: int,
+        first_wait: float,
+    ) -> None:
+        self._files = files
+        self._progress = progress
+        self._first_wait = first_wait
+        self._stop = threading.Event()
+        self._waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[int, Fetched | BaseException]] = queue.SimpleQueue()
+        hosts = {httpx.URL(file.url).host for file in files}
+        self._slots: dict[str, threading.BoundedSemaphore] = defaultdict(
+            lambda: threading.BoundedSemaphore(connections_per_host)
+        )
+        self._workers = min(len(files), connections_per_host * len(hosts), MOST_CONNECTIONS)
+        self._client = httpx.Client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
+        sizes = [file.size for file in files]
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        self._task = progress.add_task(name, total=total, completed=sum(present_bytes(file) for file in files))
+        self._name = name
+
+    def run(self) -> list[Fetched]:
+        """Start the workers, collect what they bring, and stop them all when one fails."""
+        for index in range(len(self._files)):
+            self._waiting.put(index)
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._workers)]
+        done: dict[int, Fetched] = {}
+        try:
+            for thread in threads:
+                thread.start()
+            spoke = time.monotonic()
+            while len(done) < len(self._files):
+                with suppress(queue.Empty):
+                    index, result = self._results.get(timeout=0.5)
+                    if isinstance(result, BaseException):
+                        raise result
+                    done[index] = result
+                if self._progress.disable and time.monotonic() - spoke > SECONDS_BETWEEN_LINES:
+                    spoke = time.monotonic()
+                    self._speak(len(done))
+        finally:
+            self._stop.set()
+            for thread in threads:
+                thread.join(timeout=5.0)
+            self._client.close()
+        return [done[index] for index in range(len(self._files))]
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            try:
+                index = self._waiting.get_nowait()
+            except queue.Empty:
+                return
+            file = self._files[index]
+            try:
+                with self._slots[httpx.URL(file.url).host]:
+                    self._results.put((index, self._fetch(file)))
+            except Stopped:
+                return
+            except BaseException as error:
+                self._results.put((index, error))
+
+    def _fetch(self, file: RemoteFile) -> Fetched:
+        present = present_bytes(file)
+        task = self._progress.add_task(f"  {_short(file.path)}", total=file.size, completed=present)
+
+        def advance(count: int) -> None:
+            self._progress.advance(task, count)
+            self._progress.advance(self._task, count)
+
+        try:
+            return FileFetch(self._client, file, advance, self._stop, self._first_wait).run()
+        finally:
+            self._progress.remove_task(task)
+
+    def _speak(self, done: int) -> None:
+        task = next(task for task in self._progress.tasks if task.id == self._task)
+        of = f" of {format_bytes(int(task.total))}" if task.total is not None else ""
+        amount = f"{format_bytes(int(task.completed))}{of}, {done} of {len(self._files)} files"
+        print(f"{self._name}: {amount}", file=sys.stderr)
+
+
+def _short(path: Path) -> str:
+    return path.name if len(path.name) <= 40 else f"...{path.name[-37:]}"

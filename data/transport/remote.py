@@ -1,0 +1,89 @@
+"""A file on a server, read where one likes without keeping it: what Parquet and decompressors need of a file."""
+
+from __future__ import annotations
+
+import io
+
+import httpx
+import tenacity
+
+from config.errors import UserError
+from data.transport.retry import FRUITLESS_TRIES, FetchError, Passing, check_status, network, strong_etag, waiting_time
+
+READ_AHEAD = 4 << 20
+
+
+class RemoteStream(io.RawIOBase):
+    """A readable and seekable binary file over HTTP ranges of at least `READ_AHEAD` bytes, one of them in memory.
+
+    Errors that pass are tried again as `data.fetch` does; others, and a file that changes meanwhile, raise `UserError`.
+    """
+
+    def __init__(self, client: httpx.Client, url: str, size: int, first_wait: float = 1.0) -> None:
+        self._client = client
+        self._url = url
+        self._size = size
+        self._first_wait = first_wait
+        self._position = 0
+        self._start = 0
+        self._buffer = b""
+        self._etag: str | None = None
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """The position of the next read, in bytes."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to `offset` from the beginning, the position or the end."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(base + offset, 0)
+        return self._position
+
+    def readinto(self, target: bytearray | memoryview) -> int:  # type: ignore[override]
+        """Fill `target` as far as the file goes."""
+        end = min(self._position + len(target), self._size)
+        if end <= self._position:
+            return 0
+        if not self._start <= self._position < end <= self._start + len(self._buffer):
+            self._load(self._position, min(max(end, self._position + READ_AHEAD), self._size))
+        offset = self._position - self._start
+        count = end - self._position
+        target[:count] = self._buffer[offset : offset + count]
+        self._position = end
+        return count
+
+    def _load(self, start: int, end: int) -> None:
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Passing),
+            wait=lambda state: waiting_time(state, state.attempt_number, self._first_wait),
+            stop=tenacity.stop_after_attempt(FRUITLESS_TRIES),
+            reraise=True,
+        )
+        try:
+            self._buffer = retrying(self._request, start, end)
+        except Passing as error:
+            raise FetchError(f"{self._url} could not be read: {error}. Try again later.", error.status) from error
+        self._start = start
+
+    def _request(self, start: int, end: int) -> bytes:
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{end - 1}"}
+        with network():
+            response = self._client.get(self._url, headers=headers)
+        check_status(response)
+        if response.status_code == 200 and end - start < self._size:
+            raise FetchError(f"{self._url}: the server cannot send parts of a file. Set streaming: false.")
+        etag = strong_etag(response)
+        if None is not self._etag != etag is not None:
+            raise UserError(f"{self._url} changed while it was read. Start again.")
+        self._etag = etag
+        if len(response.content) != end - start:
+            raise Passing(f"{len(response.content)} bytes came instead of {end - start}")
+        return response.content
