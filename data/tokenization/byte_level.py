@@ -1,0 +1,126 @@
+"""Byte-level BPE (Radford et al., 2019) on Hugging Face's `tokenizers`.
+
+Text is cut into words by a pattern, every word is a sequence of bytes, and the merges learnt in training join them.
+All 256 bytes are in the vocabulary, so any text can be written and comes back as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from config.errors import UserError
+from data.tokenization.protocol import Kind
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from config.schema import TokenizerConfig
+
+# The pattern of Llama 3. GPT-2's is built into `tokenizers` (ByteLevel with use_regex).
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class ByteLevelBPE:
+    """A trained byte-level BPE model; `serialized` is a Hugging Face `tokenizer.json`."""
+
+    kind: Kind = "bpe"
+    file_name = "tokenizer.json"
+    tokenizer_class = "PreTrainedTokenizerFast"
+
+    def __init__(self, serialized: bytes) -> None:
+        from tokenizers import Tokenizer
+
+        self.serialized = serialized
+        self._library = Tokenizer.from_str(serialized.decode())
+        self._library.encode_special_tokens = True
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The parsed `tokenizer.json`."""
+        parsed: dict[str, Any] = json.loads(self.serialized)
+        return parsed
+
+    @cached_property
+    def fingerprint(self) -> str:
+        parts = [self.description["model"]["vocab"], self.description["model"]["merges"]]
+        parts += [self.description[key] for key in ("normalizer", "pre_tokenizer")]
+        parts += [[(token["content"], token["id"]) for token in self.description["added_tokens"]]]
+        return hashlib.sha256(json.dumps(["bpe", *parts], sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        special = {token["id"] for token in self.description["added_tokens"]}
+        pieces = [b""] * self._library.get_vocab_size()
+        for token, index in self.description["model"]["vocab"].items():
+            if index not in special:
+                pieces[index] = bytes(BYTE_OF[character] for character in token)
+        return pieces
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        # Threads of the library do not survive a fork, and a worker has one core to itself anyway.
+        if multiprocessing.parent_process() is not None:
+            return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
+        encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+
+def train_byte_level(texts: Iterator[str], config: TokenizerConfig) -> ByteLevelBPE:
+    """Learn merges from `texts`, each read once; memory grows with the number of distinct words, not with the text.
+
+    The same texts give the same merges. A corpus with fewer pairs than `config.vocab_size` asks for gives a smaller
+    vocabulary.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    smallest = 256 + len(config.special_tokens)
+    if config.vocab_size < smallest:
+        raise UserError(
+            f"data.tokenizer.vocab_size is {config.vocab_size}; bpe needs at least {smallest}: "
+            f"256 bytes and {len(config.special_tokens)} special tokens."
+        )
+    library = Tokenizer(models.BPE())
+    if config.pattern == "gpt2":
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    else:
+        library.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=list(config.special_tokens),
+        initial_alphabet=sorted(BYTE_OF),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    return ByteLevelBPE(library.to_str().encode())
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The printable character that stands for each byte in a byte-level vocabulary, as GPT-2 chose them.
+
+    Bytes that are printable Latin-1 characters stand for themselves; the others, in order, are U+0100 onwards.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_of_character()

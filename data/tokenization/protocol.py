@@ -1,0 +1,104 @@
+"""What a tokenizer is to its callers, and what a library of subwords is to the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Kind = Literal["bpe", "sentencepiece-unigram", "sentencepiece-bpe"]
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back; every kind of tokenizer looks like this to the rest of the project.
+
+    A special token written out in text stays text, unless `allow_special` says otherwise. Text must be valid Unicode:
+    a lone surrogate raises `UserError`.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included; ids run from 0 to `vocab_size - 1`."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Name of every special token and its id; they take the first ids, in the order of the configuration."""
+
+    @property
+    def end_of_text_id(self) -> int:
+        """Id of `<|endoftext|>`, which stands after every document."""
+
+    @property
+    def pad_id(self) -> int:
+        """Id of `<|pad|>`, or of `<|endoftext|>` where there is none."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all that determines the ids; tokens and checkpoints carry it."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja template of a conversation, in the form that Hugging Face's tokenizers have; None if there is none."""
+
+    @property
+    def encoder(self) -> str:
+        """Name of the library behind `encode_batch`; the first use checks it against the reference library.
+
+        Raises `UserError` where the one asked for by name gives other ids.
+        """
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of `text`; with `allow_special`, special tokens written in it become their ids."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Ids of each text, (tokens,) uint32, the same ones as `encode` gives, by the fastest library that does."""
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer], *, skip_special_tokens: bool = False) -> str:
+        """Text of `ids`; bytes that are no UTF-8 (a character cut in two) become U+FFFD. Unknown id: `ValueError`."""
+
+    def decode_bytes(self, ids: Sequence[int] | NDArray[np.integer], *, skip_special_tokens: bool = False) -> bytes:
+        """The bytes of `ids`, one token's after the other's; for streaming through an incremental UTF-8 decoder."""
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        """(vocab_size,) int32: number of UTF-8 bytes of text that each id stands for, 0 for special tokens."""
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer to `directory`, in place of what tokenizer was there, all of it at once."""
+
+
+class Backend(Protocol):
+    """A trained subword model of one library: plain text to ids, knowing nothing of special tokens in text."""
+
+    @property
+    def kind(self) -> Kind:
+        """As `data.tokenizer.kind`."""
+
+    @property
+    def pieces(self) -> list[bytes]:
+        """For every id the bytes it stands for; empty for special tokens."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the model."""
+
+    @property
+    def file_name(self) -> str:
+        """Name of the model's file, as other tools expect it."""
+
+    @property
+    def serialized(self) -> bytes:
+        """Content of that file."""
+
+    @property
+    def tokenizer_class(self) -> str:
+        """Class that loads it in `transformers`."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids by the reference library; text that spells a special token is text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """The same for many texts."""

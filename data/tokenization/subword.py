@@ -1,0 +1,201 @@
+"""The tokenizer that callers hold: a subword model, its special tokens and chat template, and a fast encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from config.errors import UserError
+from data.tokenization.protocol import Backend, Kind
+from data.tokenization.special import END_OF_TEXT, PAD, split_special
+from data.tokenization.storage import (
+    MANIFEST,
+    MODEL_FILES,
+    TOKENIZER_CONFIG,
+    TRAIN_COMMAND,
+    TokenizerManifest,
+    read_chat_template,
+    read_file,
+    read_manifest,
+    write_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class SubwordTokenizer:
+    """The one implementation of `data.tokenization.Tokenizer`, over any `Backend`.
+
+    Made by `load_tokenizer` and `train_tokenizer`. It may be pickled: as its folder, where it has one.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        special_tokens: Mapping[str, int],
+        chat_template: str | None,
+        encoder: str,
+        config: dict[str, Any],
+    ) -> None:
+        self.chat_template = chat_template
+        self.special_tokens: Mapping[str, int] = MappingProxyType(dict(special_tokens))
+        self._backend = backend
+        self._wanted_encoder = encoder
+        self._config = config
+        self._directory: Path | None = None
+
+    @classmethod
+    def load(cls, directory: Path, encoder: str | None = None, fingerprint: str | None = None) -> SubwordTokenizer:
+        """See `data.tokenization.load_tokenizer`; with `fingerprint`, only the tokenizer that has it."""
+        manifest = read_manifest(directory)
+        backend = _backend(manifest.kind, read_file(directory, MODEL_FILES[manifest.kind]), directory)
+        wanted = fingerprint or manifest.fingerprint
+        if not backend.fingerprint == manifest.fingerprint == wanted:
+            raise UserError(f"The tokenizer in {directory} was changed. Run {TRAIN_COMMAND} to train a new one.")
+        encoder = encoder or str(manifest.config.get("encoder", "auto"))
+        template = read_chat_template(directory)
+        tokenizer = cls(backend, manifest.special_tokens, template, encoder, manifest.config)
+        tokenizer._directory = directory.absolute()
+        return tokenizer
+
+    def save(self, directory: Path) -> None:
+        manifest = TokenizerManifest(
+            kind=self._backend.kind,
+            vocab_size=self.vocab_size,
+            special_tokens=dict(self.special_tokens),
+            fingerprint=self.fingerprint,
+            config=self._config,
+        )
+        files = {
+            self._backend.file_name: self._backend.serialized,
+            TOKENIZER_CONFIG: _json(self._huggingface_config()),
+            MANIFEST: _json(manifest.model_dump()),
+        }
+        write_tokenizer(directory, files)
+        self._directory = directory.absolute()
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        if self._directory is not None:
+            return SubwordTokenizer.load, (self._directory, self._wanted_encoder, self.fingerprint)
+        arguments = (self._backend.kind, self._backend.serialized, dict(self.special_tokens))
+        return _restore, (*arguments, self.chat_template, self._wanted_encoder, self._config)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._backend.pieces)
+
+    @property
+    def end_of_text_id(self) -> int:
+        return self.special_tokens[END_OF_TEXT]
+
+    @property
+    def pad_id(self) -> int:
+        return self.special_tokens.get(PAD, self.end_of_text_id)
+
+    @property
+    def fingerprint(self) -> str:
+        return self._backend.fingerprint
+
+    @property
+    def encoder(self) -> str:
+        return self._fast[0]
+
+    @cached_property
+    def _fast(self) -> tuple[str, Callable[[Sequence[str]], list[NDArray[np.uint32]]]]:
+        from data.tokenization.encoders import choose_encoder
+
+        return choose_encoder(self._backend, self._wanted_encoder)
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        _check_unicode([text])
+        if not allow_special:
+            return self._backend.encode(text)
+        ids: list[int] = []
+        for part in split_special(text, self.special_tokens):
+            ids += [part] if isinstance(part, int) else self._backend.encode(part)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        try:
+            return self._fast[1](texts)
+        except (UnicodeError, TypeError):
+            _check_unicode(texts)
+            raise
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_special_tokens: bool = False) -> str:
+        return self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode(errors="replace")
+
+    def decode_bytes(
+        self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_special_tokens: bool = False
+    ) -> bytes:
+        pieces = self._backend.pieces if skip_special_tokens else self._all_pieces
+        unknown = [int(index) for index in ids if not 0 <= index < len(pieces)]
+        if unknown:
+            raise ValueError(f"there is no token {unknown[0]} in a vocabulary of {len(pieces)}")
+        return b"".join([pieces[index] for index in ids])
+
+    @cached_property
+    def _all_pieces(self) -> list[bytes]:
+        pieces = list(self._backend.pieces)
+        for name, index in self.special_tokens.items():
+            pieces[index] = name.encode()
+        return pieces
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        return np.array([len(piece) for piece in self._backend.pieces], dtype=np.int32)
+
+    def _huggingface_config(self) -> dict[str, Any]:
+        """What `transformers` reads beside the model's file."""
+        others = [name for name in self.special_tokens if name not in (END_OF_TEXT, PAD)]
+        config = {
+            "tokenizer_class": self._backend.tokenizer_class,
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "pad_token": PAD if PAD in self.special_tokens else END_OF_TEXT,
+            "additional_special_tokens": others,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+        }
+        return config if self.chat_template is None else config | {"chat_template": self.chat_template}
+
+
+def _backend(kind: Kind, serialized: bytes, origin: Path | str) -> Backend:
+    try:
+        if kind == "bpe":
+            from data.tokenization.byte_level import ByteLevelBPE
+
+            return ByteLevelBPE(serialized)
+        from data.tokenization.sentence_piece import SentencePiece
+
+        return SentencePiece(kind, serialized)
+    except UserError:
+        raise
+    except Exception as error:  # `tokenizers` and `sentencepiece` raise bare Exception and RuntimeError
+        raise UserError(f"The model of the tokenizer in {origin} is damaged. Run {TRAIN_COMMAND}.") from error
+
+
+def _restore(kind: Kind, serialized: bytes, *others: Any) -> SubwordTokenizer:
+    return SubwordTokenizer(_backend(kind, serialized, "memory"), *others)
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _check_unicode(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"The text holds a lone surrogate (U+{ord(text[error.start]):04X} at character {error.start}), "
+                "which is half a character and no valid Unicode. Remove it."
+            ) from error
