@@ -26,7 +26,11 @@ _FREE_KEYS = {"variant", "dropout", "init_std", "zero_init_projections"}
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """What a checkpoint says about itself; `config` is the whole resolved configuration of the run that wrote it."""
+    """What a checkpoint says about itself; `config` is the whole resolved configuration of the run that wrote it.
+
+    `finetuning` is None after pre-training, else a dictionary whose "format" is that of the examples: "text",
+    "prompt-completion", or "messages", after which the model answers in the tokenizer's chat template.
+    """
 
     path: Path
     step: int
@@ -34,6 +38,7 @@ class CheckpointInfo:
     config: dict[str, Any]
     tokenizer_fingerprint: str
     validation_loss: float | None
+    finetuning: dict[str, Any] | None
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -129,6 +134,7 @@ def load_model(
         config=state["config"],
         tokenizer_fingerprint=state.get("tokenizer_fingerprint", ""),
         validation_loss=state.get("validation_loss"),
+        finetuning=state.get("finetuning"),
     )
     return model.eval(), info
 
