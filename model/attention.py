@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from config.schema import ModelConfig
 from model.cache import KVCache
+from model.norms import rms_norm
 from model.positions import Rotation, rotate
 
 
@@ -47,8 +48,8 @@ class Attention(nn.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         query, key, value = self.query(x).view(heads), self.key(x).view(heads), self.value(x).view(heads)
         if self.qk_norm:
-            query = F.rms_norm(query, (self.head_dim,), eps=self.norm_eps)
-            key = F.rms_norm(key, (self.head_dim,), eps=self.norm_eps)
+            query = rms_norm(query, None, self.norm_eps)
+            key = rms_norm(key, None, self.norm_eps)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-CHUNK_ELEMENTS = 2**25
+CHUNK, CPU_CHUNK = 4096, 2048
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -51,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if hidden_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_gradient else None
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        rows = CPU_CHUNK if device == "cpu" else CHUNK
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             inputs, kept = hidden[part].to(dtype), targets[part, None] != IGNORED
@@ -62,14 +62,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss -= torch.where(kept, log_probabilities.gather(1, index), 0.0).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad_logits = log_probabilities.exp_().scatter_add_(
-                1, index, torch.full_like(kept, -1.0, dtype=torch.float32)
-            )
-            grad_logits = (grad_logits * kept).to(dtype)
+            minus_one = torch.full_like(kept, -1.0, dtype=torch.float32)
+            grad_logits = log_probabilities.exp_().scatter_add_(1, index, minus_one).to(dtype)
+            # Tokens without a target are left out here, where it takes a pass over d_model and not the vocabulary.
             if grad_hidden is not None:
-                grad_hidden[part] = grad_logits @ matrix
+                grad_hidden[part] = torch.where(kept, grad_logits @ matrix, 0.0)
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ inputs
+                counted = torch.where(kept, inputs, 0.0)
+                if dtype == torch.float32:
+                    grad_weight.addmm_(grad_logits.T, counted)
+                else:
+                    grad_weight += grad_logits.T @ counted
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss

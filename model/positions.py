@@ -11,7 +11,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 class RotaryTables(nn.Module):
-    """Cosines and sines of every position up to `context_length`.
+    """Cosines and sines of every position up to `context_length`, the first half of the sines with their sign turned.
 
     The tables follow from the configuration alone. They are therefore not part of a checkpoint, and whenever the module
     is moved or cast (`to`, `half`, `to_empty` after the meta device) they are made anew, in float32.
@@ -31,8 +31,9 @@ class RotaryTables(nn.Module):
         channels = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=host)
         frequencies = self.theta ** (-channels / self.head_dim)
         angles = torch.outer(torch.arange(self.context_length, dtype=torch.float64, device=host), frequencies)
-        self.register_buffer("cos", angles.cos().float().to(device), persistent=False)
-        self.register_buffer("sin", angles.sin().float().to(device), persistent=False)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        self.register_buffer("cos", torch.cat((cos, cos), dim=-1).to(device), persistent=False)
+        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).to(device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTables:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -42,8 +43,8 @@ class RotaryTables(nn.Module):
     def forward(self, positions: Tensor | int) -> Rotation:
         """Cosines and sines to give to `rotate`.
 
-        An integer T means positions 0..T-1 and gives `(T, 1, head_dim / 2)`; a tensor `(batch, T)` of positions gives
-        `(batch, T, 1, head_dim / 2)`.
+        An integer T means positions 0..T-1 and gives `(T, 1, head_dim)`; a tensor `(batch, T)` of positions gives
+        `(batch, T, 1, head_dim)`.
         """
         if isinstance(positions, int):
             return self.cos[:positions, None], self.sin[:positions, None]
@@ -53,5 +54,4 @@ class RotaryTables(nn.Module):
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn each pair of channels (i, i + head_dim / 2) of `x` `(batch, T, heads, head_dim)` by its position's angle."""
     cos, sin = rotation
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
