@@ -1,0 +1,156 @@
+"""From examples to token ids with the trained part marked, cut to the context only in ways that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from config.errors import UserError
+from data.examples.reading import ChatExample, CompletionExample, Example, TextExample
+from data.tokenization.chat import encode_messages
+
+if TYPE_CHECKING:
+    from data.tokenization import Tokenizer
+
+TooLong = Literal["refuse", "truncate", "drop"]
+
+
+class Encoded(NamedTuple):
+    """One sample-to-be: `ids` (tokens,) int32, and `trained` (tokens,) bool, true where the model learns to say it.
+
+    The first token is never trained, since nothing stands before it.
+    """
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class EncodedExamples:
+    """Samples that fit the context, and what was done to examples that did not."""
+
+    samples: list[Encoded] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    """The example that each sample was made of."""
+    too_long: int = 0
+    shortened: int = 0
+    dropped: list[str] = field(default_factory=list)
+    """Locations of the examples left out."""
+    untrained_turns: int = 0
+    """Assistant messages that went with the beginning of a conversation."""
+
+
+def encode_example(tokenizer: Tokenizer, example: Example) -> Encoded:
+    """The ids of an example. A text stands between two end-of-text tokens, as in pre-training; a completion ends in it.
+
+    Prompt and completion are encoded one by one, so the prompt has the ids it will have when a completion is asked for.
+    """
+    if isinstance(example, TextExample):
+        return _joined([tokenizer.end_of_text_id], [*tokenizer.encode(example.text), tokenizer.end_of_text_id])
+    if isinstance(example, CompletionExample):
+        completion = [*tokenizer.encode(example.completion), tokenizer.end_of_text_id]
+        return _joined(tokenizer.encode(example.prompt), completion)
+    ids, trained = encode_messages(tokenizer, [dict(message) for message in example.messages])
+    mask = np.asarray(trained, dtype=np.bool_)
+    mask[:1] = False
+    return Encoded(np.asarray(ids, dtype=np.int32), mask)
+
+
+def _joined(given: Sequence[int], trained: Sequence[int]) -> Encoded:
+    mask = np.ones(len(given) + len(trained), dtype=np.bool_)
+    mask[: len(given)] = False
+    return Encoded(np.asarray([*given, *trained], dtype=np.int32), mask)
+
+
+def encode_examples(
+    tokenizer: Tokenizer, examples: Iterable[Example], context_length: int, too_long: TooLong
+) -> EncodedExamples:
+    """Samples of at most `context_length + 1` tokens.
+
+    `refuse` raises `UserError` if there are any; `drop` leaves them out. `truncate` never cuts what is to be learned
+    without a word: a text goes on in further samples, a prompt loses its beginning, a conversation its oldest turns
+    (counted); an example whose trained part alone is too long is left out. `UserError` if none remains.
+    """
+    limit = context_length + 1
+    result = EncodedExamples()
+    total, longest, first = 0, 0, ""
+    for example in examples:
+        total += 1
+        encoded = encode_example(tokenizer, example)
+        pieces = [encoded]
+        if len(encoded.ids) > limit:
+            result.too_long += 1
+            longest, first = max(longest, len(encoded.ids)), first or example.location
+            pieces = list(_shortened(tokenizer, example, encoded, limit, result)) if too_long == "truncate" else []
+            if pieces:
+                result.shortened += 1
+            else:
+                result.dropped.append(example.location)
+        result.samples += pieces
+        result.examples += [example] * len(pieces)
+    if result.too_long and too_long == "refuse":
+        raise UserError(_too_long(result.too_long, total, longest, first, context_length))
+    if not result.samples:
+        raise UserError(
+            f"All {total:,} examples are longer than the model's context of {context_length:,} tokens, so "
+            "nothing is left to train on. Shorten them, or start from a model with a longer context."
+        )
+    return result
+
+
+def _too_long(count: int, total: int, longest: int, first: str, context_length: int) -> str:
+    share = f"All {total:,} examples are" if count == total else f"{count:,} of {total:,} examples are"
+    return (
+        f"{share} longer than the model's context of {context_length:,} tokens; the longest has {longest:,}, "
+        f"the first is {first}.\nShorten them, or choose what to do with them:\n"
+        "  data.finetuning.too_long=truncate  cuts prompts at their beginning and conversations at their oldest turns, "
+        "never completions; a text goes on in further samples\n"
+        "  data.finetuning.too_long=drop      leaves them out"
+    )
+
+
+def _shortened(
+    tokenizer: Tokenizer, example: Example, encoded: Encoded, limit: int, result: EncodedExamples
+) -> Iterator[Encoded]:
+    if isinstance(example, TextExample):
+        yield from _pieces(encoded, limit)
+    elif isinstance(example, CompletionExample):
+        if encoded.trained.sum() < limit:
+            yield Encoded(encoded.ids[-limit:], encoded.trained[-limit:])
+    else:
+        yield from _latest_turns(tokenizer, example, limit, result)
+
+
+def _pieces(encoded: Encoded, limit: int) -> Iterator[Encoded]:
+    """Every token trained once: a piece begins with the last token of the piece before, which is only read."""
+    for start in range(0, len(encoded.ids) - 1, limit - 1):
+        trained = encoded.trained[start : start + limit].copy()
+        trained[0] = False
+        yield Encoded(encoded.ids[start : start + limit], trained)
+
+
+def _latest_turns(tokenizer: Tokenizer, example: ChatExample, limit: int, result: EncodedExamples) -> Iterator[Encoded]:
+    """The longest end of a conversation that begins with a user's message, has an answer, and fits."""
+    head = [message for message in example.messages[:1] if message["role"] == "system"]
+    turns = example.messages[len(head) :]
+    for start in range(1, len(turns)):
+        kept = turns[start:]
+        if kept[0]["role"] != "user" or all(message["role"] != "assistant" for message in kept):
+            continue
+        encoded = encode_example(tokenizer, ChatExample(example.location, (*head, *kept)))
+        if len(encoded.ids) <= limit:
+            result.untrained_turns += sum(message["role"] == "assistant" for message in turns[:start])
+            yield encoded
+            return
+
+
+def split_answer(encoded: Encoded) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """An example before its last trained part, and that part with the token that ends it."""
+    end = int(np.flatnonzero(encoded.trained)[-1]) + 1
+    untrained = np.flatnonzero(~encoded.trained[:end])
+    start = int(untrained[-1]) + 1
+    return encoded.ids[:start], encoded.ids[start:end]

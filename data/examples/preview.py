@@ -1,0 +1,34 @@
+"""Encoded examples as a person checks them: what the model reads, and what it is trained to say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data.examples.encoding import Encoded
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from data.tokenization import Tokenizer
+
+OPENING, CLOSING = "⟦", "⟧"
+
+
+def segments(tokenizer: Tokenizer, encoded: Encoded) -> list[tuple[str, bool]]:
+    """The text of an example, special tokens included, cut where the trained flag changes."""
+    borders = np.flatnonzero(np.diff(encoded.trained)) + 1
+    runs = np.split(encoded.ids, borders)
+    flags = encoded.trained[[0, *borders]]
+    return [(tokenizer.decode(run.tolist()), bool(flag)) for run, flag in zip(runs, flags, strict=True)]
+
+
+def render(tokenizer: Tokenizer, encoded: Encoded) -> Text:
+    """The same in two colours; trained parts stand in brackets as well, for eyes and files without colours."""
+    from rich.text import Text
+
+    text = Text()
+    for part, trained in segments(tokenizer, encoded):
+        text.append(f"{OPENING}{part}{CLOSING}" if trained else part, style="bold green" if trained else "dim")
+    return text

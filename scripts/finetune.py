@@ -1,0 +1,241 @@
+"""Teach a trained model what to say, from examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from config.command import Overrides, PrintConfig, Recipe, Resume, progress, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from data.examples.encoding import Encoded
+    from evaluation.perplexity import Evaluation
+    from model.transformer import Transformer
+    from training.finetuning import Finetuning
+    from training.trainer import TrainResult
+
+Dataset = Annotated[
+    Path | None,
+    typer.Option("--dataset", metavar="FILE.jsonl", help="Examples, one JSON object per line; also .jsonl.gz or .zst."),
+]
+Validation = Annotated[
+    Path | None,
+    typer.Option("--validation", metavar="FILE.jsonl", help="Examples to validate on, instead of holding out a tenth."),
+]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option("--checkpoint", metavar="PATH|latest", help="Where to start from: the latest pre-trained by default."),
+]
+Preview = Annotated[
+    int, typer.Option("--preview", metavar="N", min=0, help="Show N examples, what is trained in green, and stop.")
+]
+
+
+def finetune(
+    overrides: Overrides = None,
+    dataset: Dataset = None,
+    validation: Validation = None,
+    checkpoint: Checkpoint = None,
+    recipe: Recipe = None,
+    resume: Resume = None,
+    preview: Preview = 0,
+    print_config: PrintConfig = False,
+) -> None:
+    """Teach a trained model what to say, from examples.
+
+    An example is {"prompt": ..., "completion": ...}, {"messages": [{"role": ...,
+    "content": ...}, ...]} or {"text": ...}. Completions and what the assistant says
+    are trained; text is trained from its beginning. Settings: config/recipes/finetune.yaml.
+    """
+    from training.environment import calm_threads
+
+    calm_threads()
+    from config.load import to_yaml
+    from training.finetuning import Asked, open_finetuning, starting_config
+
+    asked = Asked(dataset, validation, checkpoint, resume, [recipe] if recipe else [], overrides or [])
+    if print_config:
+        print(to_yaml(starting_config(asked)[0]), end="")
+        raise typer.Exit()
+    with progress() as bar:
+        job = open_finetuning(asked, lambda examples, what: bar.track(examples, description=what))
+    if preview:
+        _show(job, preview)
+        return
+    from training.trainer import train
+
+    _describe(job)
+    evaluate = _evaluator(job)
+    model = _starting_model(job, evaluate)
+    result = train(
+        job.config,
+        job.train,
+        tokenizer_fingerprint=job.tokenizer.fingerprint,
+        data_fingerprint=job.train.fingerprint,
+        evaluate=evaluate,
+        sampler=_sampler(job) if job.config.training.sample_interval else None,
+        model=model,
+        resume=job.resume,
+        finetuning=job.about,
+    )
+    if result.is_main:
+        _report(job, result)
+    if result.stopped_by is not None:
+        raise typer.Exit(128 + result.stopped_by)
+
+
+def _show(job: Finetuning, number: int) -> None:
+    """The first examples, as the model will see them."""
+    from rich.console import Console
+
+    from data.examples.preview import CLOSING, OPENING, render
+
+    console = Console(highlight=False)
+    for index in range(min(number, len(job.train))):
+        console.rule(f"example {index + 1}", style="dim")
+        console.print(render(job.tokenizer, job.train.encoded(index)))
+    console.rule(style="dim")
+    print(_size(job))
+    print(
+        f"Trained is what stands in {OPENING}brackets{CLOSING}. Nothing was written. Next: the same without --preview."
+    )
+
+
+def _size(job: Finetuning) -> str:
+    """The set in one line."""
+    train, held = job.train, job.validation
+    return (
+        f"{len(train):,} examples to train on, {len(held):,} held out; {train.trained_tokens:,} of {train.tokens:,} "
+        f"tokens are trained; the longest example fills {train.length:,} of {job.about['context_length']:,} tokens."
+    )
+
+
+def _describe(job: Finetuning) -> None:
+    """What will be trained, and what became of examples that were too long, so that nothing is cut in silence."""
+    import os
+
+    if int(os.environ.get("RANK", 0)):
+        return
+    print(f"{'Going on from' if job.resume else 'Starting from'} {job.newest}.")
+    print(_size(job))
+    for encoded in job.encoded:
+        if encoded.too_long:
+            left_out = f", {len(encoded.dropped):,} left out" if encoded.dropped else ""
+            turns = f", {encoded.untrained_turns:,} early answers with it" if encoded.untrained_turns else ""
+            print(
+                f"{encoded.too_long:,} examples were longer than the context: {encoded.shortened:,} shortened{turns}"
+                f"{left_out}{' (first: ' + encoded.dropped[0] + ')' if left_out else ''}."
+            )
+
+
+def _evaluator(job: Finetuning) -> Callable[[Transformer, int, int], Evaluation]:
+    """The loss of the trained tokens of all held-out examples."""
+    from evaluation.examples import evaluate_samples
+    from evaluation.perplexity import default_batch_size
+    from training.precision import Precision
+
+    def evaluate(model: Transformer, rank: int, world_size: int) -> Evaluation:
+        device = model.output_weight.device
+        precision = Precision(job.config.training.precision, device)
+        return evaluate_samples(
+            model,
+            job.validation,
+            batch_size=default_batch_size(job.validation.length, model.config.padded_vocab_size),
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            autocast=precision.dtype if precision.mixed else None,
+        )
+
+    return evaluate
+
+
+def _starting_model(job: Finetuning, evaluate: Callable[[Transformer, int, int], Evaluation]) -> Transformer | None:
+    """The model to start from, its loss noted in `job.about`; None for a run that goes on, whose weights come later."""
+    if job.resume is not None:
+        return None
+    import os
+
+    from model.checkpoint import load_checkpoint, load_weights
+    from training.distributed import choose_device
+    from training.setup import new_model
+
+    model = new_model(job.config, choose_device(job.config.training.device, int(os.environ.get("LOCAL_RANK", 0))))
+    load_weights(model, load_checkpoint(job.start), job.start)
+    job.about["loss_before"] = evaluate(model, 0, 1).loss
+    return model
+
+
+def _sampler(job: Finetuning) -> Callable[[Transformer], str]:
+    """What the model answers to a held-out example, always the same one, with the likeliest token every time."""
+    from data.examples.encoding import split_answer
+    from inference.engine import Engine, Request
+    from inference.sampling import SamplingSettings
+
+    prompt, answer = split_answer(job.validation.encoded(0))
+    room = job.config.model.context_length - len(prompt)
+    request = Request(
+        prompt=prompt.tolist(),
+        max_new_tokens=max(1, min(job.config.generation.max_new_tokens, room)),
+        sampling=SamplingSettings(temperature=0.0),
+        stop_tokens=(int(answer[-1]),),
+    )
+    asked = job.tokenizer.decode(prompt, skip_special_tokens=True)
+
+    def sample(model: Transformer) -> str:
+        model.eval()
+        return f"{asked} => " + "".join(piece.text for piece in Engine(model, job.tokenizer).generate([request]))
+
+    return sample
+
+
+def _report(job: Finetuning, result: TrainResult) -> None:
+    """The last lines: what was learned and written, and what to type next."""
+    import math
+    import shlex
+    import signal
+
+    resumed = f"python scripts/finetune.py --resume {shlex.quote(str(result.checkpoint))}"
+    if result.already_complete:
+        print(f"This run is complete: step {result.step:,} of {result.steps:,}. Nothing was done.")
+        print(f"To train on: {resumed} training.epochs=N, with more of them than before.")
+        return
+    if result.stopped_by is not None:
+        name = signal.Signals(result.stopped_by).name
+        print(f"Stopped by {name} after step {result.step:,} of {result.steps:,}; wrote {result.checkpoint}.")
+        print(f"Go on with: {resumed}")
+        return
+    loss, before = result.validation_loss, job.about["loss_before"]
+    assert loss is not None
+    print(
+        f"Loss on {len(job.validation):,} held-out examples: {before:.4f} before, {loss:.4f} after "
+        f"(perplexity {math.exp(before):.2f} before, {math.exp(loss):.2f} after)."
+    )
+    prompt = _prompt(job, job.validation.encoded(0))
+    print(f"Wrote {result.checkpoint} and {result.run_dir}/ (metrics.jsonl, curves.png).")
+    print(f"Next: python scripts/generate.py --checkpoint {shlex.quote(str(result.checkpoint))}{prompt}")
+
+
+def _prompt(job: Finetuning, encoded: Encoded) -> str:
+    """A held-out prompt as an option of generate.py; none where it is no plain line."""
+    import shlex
+
+    from data.examples.preview import segments
+
+    parts = segments(job.tokenizer, encoded)
+    if job.about["format"] != "prompt-completion" or "\n" in parts[0][0]:
+        return ""
+    return f" --prompt {shlex.quote(parts[0][0])}"
+
+
+def main() -> None:
+    """Run the command line."""
+    run(finetune)
+
+
+if __name__ == "__main__":
+    main()
