@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import IO
 
-from data.formats.rows import RECORD_BYTES, Fault, Row, Wanted, excerpt_of, text_fault
+from data.formats.rows import EXCERPT, RECORD_BYTES, Fault, Row, Wanted, excerpt_of, text_fault
 from data.formats.streams import BrokenStream, chunks
 
 _UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
@@ -39,6 +39,8 @@ class _Unusable(Exception):
 
 
 def _row(number: int, piece: bytes) -> Row | Fault:
+    if isinstance(piece, _LongLine):
+        return Fault(number, "line-too-long", excerpt_of(piece))
     try:
         text = piece.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -63,9 +65,17 @@ def _utf8(content: Iterator[bytes]) -> Iterator[bytes]:
     yield from content
 
 
+class _LongLine(bytes):
+    """The beginning of a line that is too long to be read."""
+
+
 def _pieces(content: Iterator[bytes], size: int) -> Iterator[bytes]:
     buffer = bytearray()
+    skipping = False
     for chunk in content:
+        if skipping:
+            _, ended, chunk = chunk.partition(b"\n")
+            skipping = not ended
         buffer += chunk
         while len(buffer) > size:
             end = _cut(buffer, size)
@@ -74,7 +84,12 @@ def _pieces(content: Iterator[bytes], size: int) -> Iterator[bytes]:
             yield bytes(buffer[:end])
             del buffer[:end]
         if len(buffer) > max(size, RECORD_BYTES):
-            raise _Unusable("line-too-long")
+            line = buffer.rfind(b"\n") + 1
+            if line:
+                yield bytes(buffer[:line])
+            yield _LongLine(buffer[line : line + 4 * EXCERPT])
+            buffer.clear()
+            skipping = True
     if buffer:
         yield bytes(buffer)
 

@@ -10,12 +10,14 @@ import tenacity
 from config.errors import UserError
 from data.transport.retry import FRUITLESS_TRIES, FetchError, Passing, check_status, network, strong_etag, waiting_time
 
-READ_AHEAD = 4 << 20
+FIRST_READ = 256 << 10
+LONGEST_READ = 8 << 20
 
 
 class RemoteStream(io.RawIOBase):
-    """A readable and seekable binary file over HTTP ranges of at least `READ_AHEAD` bytes, one of them in memory.
+    """A readable and seekable binary file over HTTP ranges, one of them in memory.
 
+    A range is at least 256 KiB, and twice as long each time that reading goes straight on, up to 8 MiB.
     Errors that pass are tried again as `data.fetch` does; others, and a file that changes meanwhile, raise `UserError`.
     """
 
@@ -26,6 +28,7 @@ class RemoteStream(io.RawIOBase):
         self._first_wait = first_wait
         self._position = 0
         self._start = 0
+        self._ahead = FIRST_READ // 2
         self._buffer = b""
         self._etag: str | None = None
 
@@ -48,17 +51,19 @@ class RemoteStream(io.RawIOBase):
         return self._position
 
     def readinto(self, target: bytearray | memoryview) -> int:  # type: ignore[override]
-        """Fill `target` as far as the file goes."""
-        end = min(self._position + len(target), self._size)
-        if end <= self._position:
+        """Fill `target` as far as the range in memory goes, or else the file."""
+        if self._position >= self._size or not target:
             return 0
-        if not self._start <= self._position < end <= self._start + len(self._buffer):
-            self._load(self._position, min(max(end, self._position + READ_AHEAD), self._size))
+        end = self._start + len(self._buffer)
+        if not self._start <= self._position < end:
+            self._ahead = min(2 * self._ahead, LONGEST_READ) if self._position == end else FIRST_READ
+            length = max(len(target), self._ahead)
+            self._load(self._position, min(self._position + length, self._size))
         offset = self._position - self._start
-        count = end - self._position
-        target[:count] = self._buffer[offset : offset + count]
-        self._position = end
-        return count
+        data = self._buffer[offset : offset + len(target)]
+        target[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
     def _load(self, start: int, end: int) -> None:
         retrying = tenacity.Retrying(
@@ -75,15 +80,15 @@ class RemoteStream(io.RawIOBase):
 
     def _request(self, start: int, end: int) -> bytes:
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{end - 1}"}
-        with network():
-            response = self._client.get(self._url, headers=headers)
-        check_status(response)
-        if response.status_code == 200 and end - start < self._size:
-            raise FetchError(f"{self._url}: the server cannot send parts of a file. Set streaming: false.")
+        with network(), self._client.stream("GET", self._url, headers=headers) as response:
+            check_status(response)
+            if response.status_code == 200 and end - start < self._size:
+                raise FetchError(f"{self._url}: the server cannot send parts of a file. Set streaming: false.")
+            content = response.read()
         etag = strong_etag(response)
-        if None is not self._etag != etag is not None:
+        if self._etag is not None and etag is not None and etag != self._etag:
             raise UserError(f"{self._url} changed while it was read. Start again.")
         self._etag = etag
-        if len(response.content) != end - start:
-            raise Passing(f"{len(response.content)} bytes came instead of {end - start}")
-        return response.content
+        if len(content) != end - start:
+            raise Passing(f"{len(content)} bytes came instead of {end - start}")
+        return content
