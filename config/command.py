@@ -31,6 +31,14 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Single settings over that, such as training.max_steps=100."),
 ]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        "--resume",
+        metavar="CHECKPOINT",
+        help="Go on from a checkpoint exactly where it stood: a file such as checkpoints/model_step_500.pt, or latest.",
+    ),
+]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")]
 
 

@@ -6,6 +6,7 @@ validated into the frozen models of `config.schema`.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -26,12 +27,19 @@ CONFIG_DIR = Path(__file__).parent
 SECTIONS = ("model", "training", "data", "generation")
 
 
-def load_config(recipes: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    recipes: Sequence[Path] = (), overrides: Sequence[str] = (), saved: tuple[str, dict[str, Any]] | None = None
+) -> Config:
     """Resolve the shipped defaults, `recipes` (later ones win) and `section.key=value` overrides into one whole.
 
+    `saved` is an earlier run's resolved configuration and where it was found; it lies between defaults and recipes.
     Raises `UserError` naming the file, the key and the nearest right one, or the allowed values.
     """
-    layers = [(str(path), layer) for recipe in recipes for path, layer in _recipe_chain(Path(recipe))]
+    layers = [(saved[0], copy.deepcopy(saved[1]))] if saved else []
+    for _, layer in layers:
+        # It holds every key of its variant, which the recipe of the earlier run may have been the only one to define.
+        layer["model"]["variants"] = {layer["model"]["variant"]: {}}
+    layers += [(str(path), layer) for recipe in recipes for path, layer in _recipe_chain(Path(recipe))]
     layers += [(f"command line: {text}", _parse_override(text)) for text in overrides]
     return _resolve(layers)
 

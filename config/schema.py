@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -134,6 +134,12 @@ class WandbConfig(Section):
     mode: Literal["auto", "online", "offline", "off"]
     project: str
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, mode: object) -> object:
+        """YAML reads a bare `off` as false."""
+        return "off" if mode is False else mode
+
 
 class TrainingConfig(Section):
     """One run of the training loop."""
@@ -221,7 +227,7 @@ class TokenizerConfig(Section):
     pattern: Literal["gpt2", "llama3"]
     special_tokens: list[str]
     max_training_bytes: PositiveInt
-    encoder: Literal["auto", "tokenizers", "fastokens", "gigatoken"]
+    encoder: Literal["auto", "tokenizers", "sentencepiece", "fastokens", "gigatoken"]
 
 
 class CleanConfig(Section):

@@ -42,13 +42,15 @@ class Asked:
 class Finetuning:
     """`about` is what every checkpoint of the run is to tell; `start` holds the first weights, `resume` later ones.
 
-    `encoded` is the account of the set, and of the validation set where that is a file of its own.
+    `probe` is the first held-out example. `encoded` is the account of the set, and of the validation set where that is a
+    file of its own.
     """
 
     config: Config
     tokenizer: Tokenizer
     train: ExampleSamples
     validation: ExampleSamples
+    probe: Example
     encoded: Sequence[EncodedExamples]
     about: dict[str, Any]
     start: Path
@@ -115,10 +117,11 @@ def open_finetuning(asked: Asked, watch: Watch = lambda examples, what: examples
     found = encode_examples(tokenizer, watch(examples, "Encoding the examples"), length, too_long)
     if validation:
         others = encode_examples(tokenizer, watch(held_out, "Encoding the validation set"), length, too_long)
-        parts = [found.samples, others.samples]
+        parts, probe = [found.samples, others.samples], others.examples[0]
     else:
         held = hold_out(found.examples, config.data.finetuning.validation_fraction)
         parts = [[found.samples[row] for row in np.flatnonzero(held == side)] for side in (False, True)]
+        probe = found.examples[int(np.argmax(held))]
     train, heldout = (ExampleSamples(part, tokenizer.pad_id, length) for part in parts)
 
     about = {
@@ -128,9 +131,16 @@ def open_finetuning(asked: Asked, watch: Watch = lambda examples, what: examples
         "start": str(start),
         "context_length": length,
     }
-    encoded = [found, others] if validation else [found]
     return Finetuning(
-        _fitted(config, train.length), tokenizer, train, heldout, encoded, {**before, **about}, start, resume
+        config=_fitted(config, train.length),
+        tokenizer=tokenizer,
+        train=train,
+        validation=heldout,
+        probe=probe,
+        encoded=[found, others] if validation else [found],
+        about={**before, **about},
+        start=start,
+        resume=resume,
     )
 
 

@@ -1,0 +1,73 @@
+"""Train on several GPUs, or on several processes of a CPU, of one machine or more."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from config.command import Overrides, PrintConfig, Recipe, Resume, run
+
+Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Processes on this machine, each with a GPU of its own.")]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="cpu|cuda", help="cpu runs the same training on that many processes.")
+]
+Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Machines that train together.")]
+NodeRank = Annotated[int, typer.Option("--node-rank", min=0, help="Which of them this one is, from 0.")]
+Rendezvous = Annotated[
+    str | None, typer.Option("--rendezvous", metavar="HOST:PORT", help="Where the machines meet, the same on all.")
+]
+
+
+def distributed_train(
+    gpus: Gpus,
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    device: Device = None,
+    nodes: Nodes = 1,
+    node_rank: NodeRank = 0,
+    rendezvous: Rendezvous = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train on several GPUs, or on several processes of a CPU, of one machine or more.
+
+    Starts scripts/train.py in every process through torchrun's elastic launcher. The batch is dealt to the processes,
+    so the run learns what it would learn on one device. On several machines, type the same line on each, but for its
+    --node-rank.
+    """
+    from training.environment import calm_threads
+
+    calm_threads()
+    from pathlib import Path
+
+    from config.load import to_yaml
+    from training.launch import Machines, check_gpus, launch
+    from training.pretraining import check_command_line
+    from training.resume import run_config
+
+    machines = Machines(gpus, nodes, node_rank, rendezvous)
+    settings = [*(overrides or []), *([f"training.device={device}"] if device else [])]
+    recipes = [recipe] if recipe else []
+    config, checkpoint = run_config(recipes, settings, resume)
+    if print_config:
+        print(to_yaml(config), end="")
+        raise typer.Exit()
+    if config.training.device != "cpu":
+        check_gpus(gpus)
+    check_command_line(config, checkpoint, machines.world_size)
+    arguments = [*(["--config", str(recipe)] if recipe else []), *settings]
+    arguments += ["--resume", str(checkpoint)] if checkpoint else []
+    script = Path(__file__).with_name("train.py")
+    status = launch(script, arguments, machines, share_cores=config.training.device == "cpu")
+    if status:
+        raise typer.Exit(status)
+
+
+def main() -> None:
+    """Run the command line."""
+    run(distributed_train)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Train a language model on the token files: fresh, or on from a checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from config.command import Overrides, PrintConfig, Recipe, Resume, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from evaluation.perplexity import Evaluation
+    from model.transformer import Transformer
+    from training.pretraining import Pretraining
+    from training.trainer import TrainResult
+
+
+def train(
+    recipe: Recipe = None, overrides: Overrides = None, resume: Resume = None, print_config: PrintConfig = False
+) -> None:
+    """Train a language model on the token files: fresh, or on from a checkpoint.
+
+    Reads corpus/tokens/, writes checkpoints/model_step_N.pt and the record of the run to runs/NAME/. Ctrl-C finishes
+    the step, saves, and says how to go on. For several GPUs use scripts/distributed_train.py.
+    """
+    from training.environment import calm_threads
+
+    calm_threads()
+    from config.load import to_yaml
+    from training.pretraining import open_pretraining
+    from training.resume import run_config
+
+    config, checkpoint = run_config([recipe] if recipe else [], overrides or [], resume)
+    if print_config:
+        print(to_yaml(config), end="")
+        raise typer.Exit()
+    from training import trainer
+
+    job = open_pretraining(config, checkpoint)
+    result = trainer.train(
+        job.config,
+        job.source,
+        tokenizer_fingerprint=job.tokenizer_fingerprint,
+        data_fingerprint=job.data_fingerprint,
+        evaluate=_evaluator(job),
+        sampler=_sampler(job),
+        resume=checkpoint,
+    )
+    if result.is_main:
+        _report(result)
+    if result.stopped_by is not None:
+        raise typer.Exit(128 + result.stopped_by)
+
+
+def _evaluator(job: Pretraining) -> Callable[[Transformer, int, int], Evaluation]:
+    """The loss on the first `training.eval_tokens` tokens of the validation split, the same ones every time."""
+    from pathlib import Path
+
+    from data.tokens import TokenFiles
+    from evaluation.perplexity import default_batch_size, evaluate_tokens
+    from training.precision import Precision
+
+    config, length = job.config, job.source.context_length
+    tokens = TokenFiles(Path(config.data.tokens_dir), "val")
+
+    def evaluate(model: Transformer, rank: int, world_size: int) -> Evaluation:
+        device = model.output_weight.device
+        precision = Precision(config.training.precision, device)
+        return evaluate_tokens(
+            model,
+            tokens,
+            context_length=length,
+            stride=length,
+            batch_size=default_batch_size(length, model.config.padded_vocab_size),
+            device=device,
+            max_tokens=config.training.eval_tokens,
+            rank=rank,
+            world_size=world_size,
+            autocast=precision.dtype if precision.mixed else None,
+        )
+
+    return evaluate
+
+
+def _sampler(job: Pretraining) -> Callable[[Transformer], str] | None:
+    """A text that continues `training.sample_prompt`, always from the same seed, so that texts over time compare."""
+    config = job.config
+    if not config.training.sample_interval:
+        return None
+    from pathlib import Path
+
+    from data.tokenization import load_tokenizer
+    from data.tokens import check_tokens
+    from inference.engine import Engine, Request
+    from inference.sampling import SamplingSettings
+
+    tokenizer = load_tokenizer(Path(config.data.tokenizer_dir))
+    check_tokens(job.source.tokens.manifest, tokenizer.fingerprint, tokenizer.vocab_size)
+    prompt = tokenizer.encode(config.training.sample_prompt)
+    settings = config.generation
+    request = Request(
+        prompt=prompt,
+        max_new_tokens=min(settings.max_new_tokens, max(1, config.model.context_length - len(prompt))),
+        sampling=SamplingSettings(
+            settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty
+        ),
+        stop=settings.stop,
+    )
+
+    def sample(model: Transformer) -> str:
+        model.eval()
+        pieces = Engine(model, tokenizer).generate([request])
+        return config.training.sample_prompt + "".join(piece.text for piece in pieces)
+
+    return sample
+
+
+def _report(result: TrainResult) -> None:
+    """The last lines: what was written, and what to type next."""
+    import math
+    import signal
+
+    from training.launch import resume_command
+
+    if result.already_complete:
+        print(f"This run is complete: step {result.step:,} of {result.steps:,}. Nothing was done.")
+        print(f"To train on: {resume_command(result.checkpoint)} training.max_steps={2 * result.steps}")
+        return
+    if result.stopped_by is not None:
+        name = signal.Signals(result.stopped_by).name
+        print(f"Stopped by {name} after step {result.step:,} of {result.steps:,}; wrote {result.checkpoint}.")
+        print(f"Go on with: {resume_command(result.checkpoint)}")
+        return
+    loss = result.validation_loss
+    if loss is not None:
+        print(f"Trained to step {result.step:,}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}.")
+    print(f"Wrote {result.checkpoint} and {result.run_dir}/ (metrics.jsonl, curves.png). Next: python scripts/eval.py")
+
+
+def main() -> None:
+    """Run the command line."""
+    run(train)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""One process or many: who am I, which device is mine, and what the processes tell one another.
+
+The processes of a run are started by torchrun, which says in the environment who is who. A run of one process is the
+case where nobody else is there: every function here then does nothing or returns its argument.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """This process among the `world_size` of the run. Numbers on the host travel by gloo, so no GPU is waited for."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def total(self, number: int) -> int:
+        """The sum of `number` over all processes."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.int64)
+        dist.all_reduce(tensor)
+        return int(tensor)
+
+    def largest(self, number: int) -> int:
+        """The largest `number` of all processes."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor on the device over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait_for_all(self) -> None:
+        """Return once every process has come here."""
+        self.total(0)
+
+
+@contextmanager
+def open_process(device: str) -> Iterator[Process]:
+    """Join the group that torchrun's environment describes, if it does, and leave it at the end.
+
+    `device` is `auto`, `cpu`, `cuda` or `mps`. Raises `UserError` where the machine lacks it.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+    if world_size == 1:
+        yield Process(0, 1, chosen)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Process(rank, world_size, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name` for the `local_rank`-th process of a machine; `auto` prefers a GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("training.device=cuda, but PyTorch finds no GPU here. Use training.device=cpu, or auto.")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("training.device=mps, but this is no Mac with a GPU. Use training.device=cpu, or auto.")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"This machine has {torch.cuda.device_count()} GPUs, and process {local_rank + 1} of it needs one of its "
+            "own. Start fewer processes."
+        )
+    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+
+
+def parallelise(model: nn.Module, process: Process) -> nn.Module:
+    """Let `model`'s backward pass average the gradients over all processes."""
+    if process.world_size == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+    """The context of one micro-batch: only the last one of a step need exchange gradients."""
+    if enabled or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    context: AbstractContextManager[None] = model.no_sync()
+    return context

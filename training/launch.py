@@ -1,0 +1,87 @@
+"""Starting a run on several devices with torchrun's elastic launcher, and how to start it again."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from config.errors import UserError
+
+GRACE = 600  # seconds that processes asked to stop get for finishing a step and saving
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """`processes` on each of `nodes` machines, this one being number `node_rank`, meeting at `rendezvous` HOST:PORT."""
+
+    processes: int
+    nodes: int = 1
+    node_rank: int = 0
+    rendezvous: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.nodes > 1 and self.rendezvous is None:
+            raise UserError(
+                f"--nodes {self.nodes} needs --rendezvous HOST:PORT: a free port of one machine, the same on all."
+            )
+        if not 0 <= self.node_rank < self.nodes:
+            raise UserError(f"--node-rank {self.node_rank} must lie between 0 and {self.nodes - 1} (--nodes less one).")
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines together."""
+        return self.processes * self.nodes
+
+
+def check_gpus(wanted: int) -> None:
+    """`UserError` where this machine has fewer GPUs than `wanted`."""
+    import torch
+
+    there = torch.cuda.device_count()
+    if there < wanted:
+        raise UserError(
+            f"--gpus {wanted}: PyTorch finds {there} GPU{'' if there == 1 else 's'} on this machine. "
+            + (f"Ask for {there}, or add" if there else "Add")
+            + f" --device cpu to run the same training as {wanted} processes on the CPU."
+        )
+
+
+def launch(script: Path, arguments: Sequence[str], machines: Machines, share_cores: bool) -> int:
+    """Run `script` with `arguments` in every process through `torch.distributed.run`; returns the exit status.
+
+    A signal is passed on to every process, which then has `GRACE` seconds to save. With `share_cores` (on a CPU) the
+    cores are divided among the processes of this machine. The status is that of the first process that failed, or 128
+    and the signal.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // machines.processes) if share_cores else 1))
+    os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "OFF")
+    options = ["--nproc-per-node", str(machines.processes), "--shutdown-timeout", str(GRACE)]
+    if machines.nodes == 1 and machines.rendezvous is None:
+        options += ["--standalone"]
+    else:
+        options += ["--nnodes", str(machines.nodes), "--node-rank", str(machines.node_rank)]
+        options += ["--rdzv-backend", "c10d", "--rdzv-id", "quern", "--rdzv-endpoint", str(machines.rendezvous)]
+    try:
+        run.run(run.parse_args([*options, str(script), *arguments]))  # type: ignore[no-untyped-call]
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except ChildFailedError as error:
+        status = int(error.get_first_failure()[1].exitcode)
+        return status if status >= 0 else 128 - status
+    return 0
+
+
+def resume_command(checkpoint: Path | None) -> str:
+    """What to type to go on from `checkpoint` with as many processes as there are now."""
+    where = shlex.quote(str(checkpoint)) if checkpoint else "latest"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return f"python scripts/train.py --resume {where}"
+    return f"python scripts/distributed_train.py --gpus {os.environ['LOCAL_WORLD_SIZE']} --resume {where}"

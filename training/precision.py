@@ -1,0 +1,50 @@
+"""Automatic mixed precision: which type the matrix products run in, and fp16's loss scaling."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Weights stay float32; with bf16 or fp16, `autocast()` runs the matrix products in that type.
+
+    `auto` is bf16 where the device has fast instructions for it, else fp16 on a GPU and fp32 elsewhere.
+
+    `scaler` is PyTorch's GradScaler: it keeps fp16's small gradients from vanishing, and does nothing otherwise.
+    """
+
+    def __init__(self, name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> None:
+        self.device = device
+        self.name = _automatic(device) if name == "auto" else name
+        self.dtype = DTYPES[self.name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether matrix products run in another type than the weights."""
+        return self.dtype != torch.float32
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context that a forward pass runs in."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.mixed)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16 matrix products; a CPU without them is far slower in it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capable = torch.cpu.get_capabilities()
+        return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
+    return False
+
+
+def _automatic(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    if has_fast_bfloat16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"

@@ -1,0 +1,125 @@
+"""The record of a run: `runs/<name>/` on disk, and Weights & Biases beside it.
+
+config.yaml        the resolved configuration
+environment.json   versions, code and hardware, one entry per start of the run
+metrics.jsonl      one JSON object per logged step
+samples.jsonl      sample texts over time
+curves.png         losses and learning rate
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from config.errors import UserError
+from config.files import write_text
+from config.load import save_config
+from config.schema import Config
+from training.environment import describe
+from training.plots import plot_curves
+from training.weights_and_biases import WandbRun
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+CURVES = "curves.png"
+ENVIRONMENT = "environment.json"
+
+
+class Tracker:
+    """Writes the record of one run. A full disk never stops a run here: lines wait and are written when there is room.
+
+    A run that resumes at `step` loses what an earlier attempt recorded after it.
+    """
+
+    def __init__(self, directory: Path, config: Config, warn: Callable[[str], None], step: int, wandb_id: str | None):
+        self.directory = directory
+        self._warn = warn
+        self._warned = False
+        self._unwritten: dict[str, list[str]] = {METRICS: [], SAMPLES: []}
+        self.rows = _truncate(directory / METRICS, step)
+        _truncate(directory / SAMPLES, step)
+        save_config(config, directory / "config.yaml")
+        _append_environment(directory / ENVIRONMENT, step)
+        self._wandb = WandbRun(config, directory, wandb_id, warn)
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The run's id at Weights & Biases, None where that is off."""
+        return self._wandb.id
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Record a logged step."""
+        row = {key: _finite(value) for key, value in row.items()}
+        self.rows.append(row)
+        self._append(METRICS, row)
+        self._wandb.log({key: value for key, value in row.items() if value is not None})
+
+    def sample(self, step: int, text: str) -> None:
+        """Record a sample text."""
+        self._append(SAMPLES, {"step": step, "text": text})
+        self._wandb.log({"step": step, "sample": text})
+
+    def draw(self) -> None:
+        """Bring `curves.png` up to date."""
+        try:
+            plot_curves(self.rows, self.directory / CURVES, self.directory.name)
+        except UserError as error:
+            self._complain(str(error))
+
+    def close(self) -> None:
+        """Draw the last picture and end the run at Weights & Biases."""
+        if self.rows:
+            self.draw()
+        self._wandb.finish()
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        self._unwritten[name].append(json.dumps(record, ensure_ascii=False) + "\n")
+        path = self.directory / name
+        try:
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                with open(path, "ab") as file:
+                    file.write("".join(self._unwritten[name]).encode())
+            except OSError:
+                with open(path, "ab") as file:
+                    file.truncate(size)
+                raise
+        except OSError as error:
+            self._complain(f"cannot write {path} ({error.strerror}); what is missing is written when there is room")
+            return
+        self._unwritten[name].clear()
+
+    def _complain(self, message: str) -> None:
+        if not self._warned:
+            self._warn(f"warning: {message}")
+        self._warned = True
+
+
+def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of `path` after `step`, and one that a crash cut short; return those that stay."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            kept.append(record)
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+    return kept
+
+
+def _append_environment(path: Path, step: int) -> None:
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_text(path, json.dumps([*starts, {"from_step": step, **describe()}], indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
