@@ -105,6 +105,7 @@ def train_byte_level(texts: Iterator[str], config: TokenizerConfig) -> ByteLevel
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
+        min_frequency=2,
         special_tokens=list(config.special_tokens),
         initial_alphabet=sorted(BYTE_OF),
         show_progress=False,

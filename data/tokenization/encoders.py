@@ -71,7 +71,9 @@ def _checked(backend: Backend, make: Callable[[Backend], EncodeBatch]) -> tuple[
     try:
         encode_batch = make(backend)
         found = encode_batch(probes)
-    except Exception as error:  # whatever a young library raises, or a wheel that does not load here
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a wheel that does not load here, or a panic of Rust, which is no Exception
         return None, f"failed ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
     for text, ids in zip(probes, found, strict=True):
         if ids.tolist() != backend.encode(text):

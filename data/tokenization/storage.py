@@ -1,4 +1,4 @@
-"""A tokenizer on disk: the model's file, Hugging Face's `tokenizer_config.json`, and a `manifest.json` of ours."""
+"""A tokenizer on disk: the model's file, Hugging Face's `tokenizer_config.json`, `config.yaml`, and our manifest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from config.errors import UserError
@@ -16,6 +17,7 @@ from data.tokenization.protocol import Kind
 
 MANIFEST = "manifest.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SETTINGS = "config.yaml"
 MODEL_FILES: dict[Kind, str] = {
     "bpe": "tokenizer.json",
     "sentencepiece-unigram": "tokenizer.model",
@@ -25,7 +27,7 @@ TRAIN_COMMAND = "python data/tokenizer.py"
 
 
 class TokenizerManifest(BaseModel):
-    """What the folder holds, and the settings it was trained with."""
+    """What the folder holds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,7 +36,6 @@ class TokenizerManifest(BaseModel):
     vocab_size: int
     special_tokens: dict[str, int]
     fingerprint: str
-    config: dict[str, Any]
 
 
 def read_manifest(directory: Path) -> TokenizerManifest:
@@ -59,6 +60,16 @@ def read_file(directory: Path, name: str) -> bytes:
         raise UserError(f"{directory / name} is missing. Run {TRAIN_COMMAND} to train a new tokenizer.") from error
 
 
+def read_settings(directory: Path) -> dict[str, Any]:
+    """The configuration that the tokenizer was trained with, as in `config.yaml`."""
+    try:
+        settings = yaml.safe_load(read_file(directory, SETTINGS))
+        assert isinstance(settings["data"]["tokenizer"], dict)
+    except (yaml.YAMLError, LookupError, TypeError, AssertionError) as error:
+        raise UserError(f"{directory / SETTINGS} has no data.tokenizer settings. Run {TRAIN_COMMAND}.") from error
+    return dict(settings)
+
+
 def read_chat_template(directory: Path) -> str | None:
     """The chat template in `tokenizer_config.json`, or None."""
     try:
@@ -75,7 +86,7 @@ def write_tokenizer(directory: Path, files: dict[str, bytes]) -> None:
     """
     directory = Path(os.path.abspath(directory))
     recover_directory(directory)
-    known = {MANIFEST, TOKENIZER_CONFIG, *MODEL_FILES.values()}
+    known = {MANIFEST, TOKENIZER_CONFIG, SETTINGS, *MODEL_FILES.values()}
     if directory.exists():
         foreign = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else [directory.name]
         foreign = [name for name in foreign if name not in known]

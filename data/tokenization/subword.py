@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from config.errors import UserError
 from data.tokenization.protocol import Backend, Kind
@@ -17,12 +18,14 @@ from data.tokenization.special import END_OF_TEXT, PAD, split_special
 from data.tokenization.storage import (
     MANIFEST,
     MODEL_FILES,
+    SETTINGS,
     TOKENIZER_CONFIG,
     TRAIN_COMMAND,
     TokenizerManifest,
     read_chat_template,
     read_file,
     read_manifest,
+    read_settings,
     write_tokenizer,
 )
 
@@ -42,13 +45,13 @@ class SubwordTokenizer:
         special_tokens: Mapping[str, int],
         chat_template: str | None,
         encoder: str,
-        config: dict[str, Any],
+        settings: dict[str, Any],
     ) -> None:
         self.chat_template = chat_template
         self.special_tokens: Mapping[str, int] = MappingProxyType(dict(special_tokens))
         self._backend = backend
         self._wanted_encoder = encoder
-        self._config = config
+        self._settings = settings
         self._directory: Path | None = None
 
     @classmethod
@@ -59,9 +62,9 @@ class SubwordTokenizer:
         wanted = fingerprint or manifest.fingerprint
         if not backend.fingerprint == manifest.fingerprint == wanted:
             raise UserError(f"The tokenizer in {directory} was changed. Run {TRAIN_COMMAND} to train a new one.")
-        encoder = encoder or str(manifest.config.get("encoder", "auto"))
-        template = read_chat_template(directory)
-        tokenizer = cls(backend, manifest.special_tokens, template, encoder, manifest.config)
+        settings = read_settings(directory)
+        encoder = encoder or str(settings["data"]["tokenizer"].get("encoder", "auto"))
+        tokenizer = cls(backend, manifest.special_tokens, read_chat_template(directory), encoder, settings)
         tokenizer._directory = directory.absolute()
         return tokenizer
 
@@ -71,11 +74,11 @@ class SubwordTokenizer:
             vocab_size=self.vocab_size,
             special_tokens=dict(self.special_tokens),
             fingerprint=self.fingerprint,
-            config=self._config,
         )
         files = {
             self._backend.file_name: self._backend.serialized,
             TOKENIZER_CONFIG: _json(self._huggingface_config()),
+            SETTINGS: yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True, width=120).encode(),
             MANIFEST: _json(manifest.model_dump()),
         }
         write_tokenizer(directory, files)
@@ -85,7 +88,7 @@ class SubwordTokenizer:
         if self._directory is not None:
             return SubwordTokenizer.load, (self._directory, self._wanted_encoder, self.fingerprint)
         arguments = (self._backend.kind, self._backend.serialized, dict(self.special_tokens))
-        return _restore, (*arguments, self.chat_template, self._wanted_encoder, self._config)
+        return _restore, (*arguments, self.chat_template, self._wanted_encoder, self._settings)
 
     @property
     def vocab_size(self) -> int:

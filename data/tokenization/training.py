@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from config.errors import UserError
 from config.schema import TokenizerConfig
@@ -13,7 +14,7 @@ from data.tokenization.special import check_special_tokens
 from data.tokenization.subword import SubwordTokenizer
 
 
-def train(texts: Iterator[str], config: TokenizerConfig) -> SubwordTokenizer:
+def train(texts: Iterator[str], config: TokenizerConfig, settings: dict[str, Any] | None = None) -> SubwordTokenizer:
     """See `data.tokenization.train_tokenizer`."""
     check_special_tokens(config.special_tokens)
     counted = _Counted(limit_bytes(texts, config.max_training_bytes))
@@ -27,8 +28,9 @@ def train(texts: Iterator[str], config: TokenizerConfig) -> SubwordTokenizer:
     if not counted.characters:
         raise UserError("There is no text to train a tokenizer on: the sources in data.use are empty.")
     template = DEFAULT_TEMPLATE if TEMPLATE_TOKENS <= set(config.special_tokens) else None
+    settings = settings or {"data": {"tokenizer": config.model_dump()}}
     special_tokens = {name: index for index, name in enumerate(config.special_tokens)}
-    return SubwordTokenizer(backend, special_tokens, template, config.encoder, config.model_dump())
+    return SubwordTokenizer(backend, special_tokens, template, config.encoder, settings)
 
 
 class _Counted:

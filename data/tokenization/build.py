@@ -1,0 +1,83 @@
+"""From downloaded documents to a tokenizer: what `data/tokenizer.py` does between its arguments and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from config.errors import UserError
+from data.tokenization.corpus import Corpus, open_corpus, training_texts
+from data.tokenization.storage import read_manifest
+from data.tokenization.training import limit_bytes, train
+
+if TYPE_CHECKING:
+    from config.schema import Config
+    from data.tokenization.protocol import Tokenizer
+
+Show = Callable[[int, int | None], object]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A new tokenizer, what it was trained on, and how long that took."""
+
+    tokenizer: Tokenizer
+    corpus: Corpus
+    seconds: float
+
+
+def build(config: Config, show: Show) -> Built:
+    """Train the tokenizer that `config` asks for on the sources in use.
+
+    `show` is called with the documents read and how many there will be; at last, when all are read, with None.
+    """
+    start = perf_counter()
+    corpus = open_corpus(config.data)
+
+    def advance(corpus: Corpus) -> None:
+        mean = max(1, corpus.bytes // corpus.documents)
+        total = min(corpus.expected_documents, config.data.tokenizer.max_training_bytes // mean)
+        show(corpus.documents, max(total - len(corpus.held_out), corpus.documents))
+
+    def shown() -> Iterator[str]:
+        texts = training_texts(corpus, config.data, advance)
+        yield from limit_bytes(texts, config.data.tokenizer.max_training_bytes)
+        show(corpus.documents, None)
+
+    tokenizer = _interruptible(lambda: train(shown(), config.data.tokenizer, config.model_dump()))
+    return Built(tokenizer, corpus, perf_counter() - start)
+
+
+def _interruptible(work: Callable[[], Tokenizer]) -> Tokenizer:
+    """The result of `work`, done in a thread of its own, so that Ctrl-C need not wait for the libraries to return."""
+    results: list[Tokenizer] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    except KeyboardInterrupt as error:
+        raise UserError("Stopped. Nothing was written; a tokenizer that was there is unchanged.") from error
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def current_fingerprint(directory: Path) -> str | None:
+    """Fingerprint of the tokenizer in `directory`, or None where there is none that can be read."""
+    try:
+        return read_manifest(directory).fingerprint
+    except UserError:
+        return None

@@ -1,0 +1,57 @@
+"""Train the tokenizer on the downloaded documents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from config.command import Overrides, PrintConfig, Recipe, progress, resolve, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def train_tokenizer(overrides: Overrides = None, recipe: Recipe = None, print_config: PrintConfig = False) -> None:
+    """Train a tokenizer on the sources in data.use and save it in corpus/tokenizer/.
+
+    data.tokenizer.kind chooses byte-level BPE or SentencePiece, data.tokenizer.vocab_size the number of tokens. A
+    tokenizer that is there already stays in use until the new one is finished. Needs data/download_datasets.py to
+    have run.
+    """
+    config = resolve(recipe, overrides, print_config)
+    from pathlib import Path
+
+    from data.listing import check_names
+    from data.tokenization.build import build, current_fingerprint
+    from data.tokenization.report import print_report
+
+    check_names(config.data.use, config.data)
+    directory = Path(config.data.tokenizer_dir)
+    before = current_fingerprint(directory)
+    with progress() as bars:
+        reading = bars.add_task("Reading documents", total=None)
+
+        def show(done: int, total: int | None) -> None:
+            if total is None:
+                bars.add_task("Learning tokens", total=None)
+            bars.update(reading, completed=done, total=total)
+
+        built = build(config, show)
+    built.tokenizer.save(directory)
+    print_report(built, config.data.tokenizer, before)
+    print(f"Wrote {directory}\nNext: {_next_command(recipe, overrides or [])}")
+
+
+def _next_command(recipe: Path | None, overrides: list[str]) -> str:
+    """The preprocessing command with the settings that this one was given."""
+    import shlex
+
+    return shlex.join(["python", "data/preprocess.py", *(["--config", str(recipe)] if recipe else []), *overrides])
+
+
+def main() -> None:
+    """Run the command."""
+    run(train_tokenizer)
+
+
+if __name__ == "__main__":
+    main()
