@@ -116,6 +116,7 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     server_state: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Nothing on the terminal."""

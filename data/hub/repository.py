@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, TypeVar
 
+import httpx
+import tenacity
+
 from config.errors import UserError
+from data.transport.retry import LONGEST_WAIT, PASSING, TIMEOUT, retry_after
 
 CONVERTED = "refs/convert/parquet"
 """The branch on which the hub keeps a Parquet copy of many data sets, as `subset/split/0000.parquet`."""
+
+TRIES = 5
 
 Answer = TypeVar("Answer")
 
@@ -37,7 +44,10 @@ class Repository:
 
 
 class Hub:
-    """The hub at `HF_ENDPOINT`, or huggingface.co, as the user who is logged in or named by `HF_TOKEN`."""
+    """The hub at `HF_ENDPOINT`, or huggingface.co, as the user who is logged in or named by `HF_TOKEN`.
+
+    A context manager, in which `client` sends requests for files.
+    """
 
     def __init__(self) -> None:
         # Read when the client is imported. Its other protocol needs a server of its own, and the bytes come by ours.
@@ -46,8 +56,18 @@ class Hub:
 
         self.endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
         token = get_token()
-        self.headers = {"User-Agent": "quern"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        headers = {"User-Agent": "quern"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        # The client takes the token off when it is redirected to another host.
+        self.client = httpx.Client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
         self._api = HfApi(endpoint=self.endpoint)
+
+    def __enter__(self) -> Hub:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.client.close()
 
     def repository(self, name: str, revision: str) -> Repository:
         """What `name` holds at `revision`. Raises `UserError` where it is missing, private, gated or out of reach."""
@@ -70,6 +90,11 @@ class Hub:
             for entry in tree
             if isinstance(entry, RepoFile)
         ]
+        for file in files:
+            if file.path.startswith("/") or ".." in file.path.split("/"):
+                raise UserError(
+                    f"{name} has a file named {file.path}, which leads out of its folder. Nothing is fetched."
+                )
         configs = card.get("configs") or []
         return Repository(
             name=name,
@@ -101,10 +126,7 @@ class Hub:
     def _ask(self, name: str, revision: str, question: Callable[[], Answer]) -> Answer:
         """The hub's answer; what may pass is tried again, the rest becomes a sentence for the user."""
         import httpx2  # the HTTP library of the hub's client
-        import tenacity
         from huggingface_hub import errors
-
-        from data.transport.retry import PASSING
 
         def passing(error: BaseException) -> bool:
             if isinstance(error, errors.HfHubHTTPError):
@@ -114,7 +136,7 @@ class Hub:
         try:
             return tenacity.retry(
                 retry=tenacity.retry_if_exception(passing),
-                stop=tenacity.stop_after_attempt(5),
+                stop=tenacity.stop_after_attempt(TRIES),
                 wait=_wait,
                 reraise=True,
             )(question)()
@@ -147,10 +169,6 @@ class Hub:
 
 def _wait(state: Any) -> float:
     """Seconds that the server's answer asks to stay away, else longer each time."""
-    import httpx
-
-    from data.transport.retry import LONGEST_WAIT, retry_after
-
     response = getattr(state.outcome.exception(), "response", None)
     wait = retry_after(httpx.Headers(dict(response.headers))) if response is not None else None
     return min(0.5 * 2.0**state.attempt_number if wait is None else wait, LONGEST_WAIT)

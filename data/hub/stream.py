@@ -9,7 +9,6 @@ import io
 import os
 from pathlib import Path
 
-import httpx
 from pydantic import BaseModel, ValidationError
 
 from config.files import disk_errors, write_text
@@ -22,7 +21,6 @@ from data.manifest import QUARANTINE, RawFile
 from data.sources import Job
 from data.store import DocumentWriter, empty_folder
 from data.transport.remote import RemoteStream
-from data.transport.retry import TIMEOUT
 
 STATE = "stream.json"
 FILE_CHARACTERS = 64 << 20
@@ -45,9 +43,9 @@ class StreamState(BaseModel):
     quarantine_bytes: int = 0
 
 
-def open_remote(client: httpx.Client, hub: Hub, repository: Repository, file: HubFile) -> io.BufferedReader:
+def open_remote(hub: Hub, repository: Repository, file: HubFile) -> io.BufferedReader:
     """One file of a repository as a readable, seekable binary file."""
-    return io.BufferedReader(RemoteStream(client, hub.url(repository, file.path), file.size), 1 << 16)
+    return io.BufferedReader(RemoteStream(hub.client, hub.url(repository, file.path), file.size), 1 << 16)
 
 
 def stream_documents(
@@ -59,14 +57,14 @@ def stream_documents(
     writer = DocumentWriter(folder, name, files=state.files, file_characters=FILE_CHARACTERS)
     writer.documents = state.documents
     writer.quarantine.counts.update(state.quarantined)
-    with writer, httpx.Client(headers=hub.headers, timeout=TIMEOUT, follow_redirects=True) as client:
+    with writer:
         rows = state.rows
         for index in range(state.file, len(files)):
             file = files[index]
             last = state.row if index == state.file else -1
             if config.max_documents is not None and rows >= config.max_documents:
                 break
-            with open_remote(client, hub, repository, file) as content:
+            with open_remote(hub, repository, file) as content:
                 for row in read_rows(content, file.path, config.text_column, start=last + 1):
                     if row.number <= last:
                         continue

@@ -10,9 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-
-import httpx
+from pathlib import Path
 
 from config.errors import UserError
 from config.files import disk_errors
@@ -27,7 +25,7 @@ from data.quarantine import check_bad_fraction
 from data.sources import Job
 from data.transport.notes import RemoteFile, write_note
 from data.transport.parallel import fetch_files
-from data.transport.retry import TIMEOUT, FetchError
+from data.transport.retry import FetchError
 
 
 def revision(name: str, config: HubSourceConfig) -> None:
@@ -37,25 +35,25 @@ def revision(name: str, config: HubSourceConfig) -> None:
 
 def download(name: str, config: HubSourceConfig, folder: Path, job: Job) -> RawManifest:
     """Fetch the files of the split into `folder` as they are published; or, streaming, store its first rows."""
-    hub = Hub()
-    repository, files = _find(hub, config)
     quarantined: dict[str, int] = {}
-    try:
-        _check_column(name, config, hub, repository, files[0])
-        if config.streaming:
-            writer = stream_documents(name, config, folder, job, hub, repository, files)
-            bad = writer.quarantine
-            check_bad_fraction(name, writer.documents, bad.counts, bad.first, job.max_bad_fraction, bad.path)
-            stored, quarantined = writer.files, dict(bad.counts)
-        else:
-            stored = _fetch(name, config, folder, job, hub, repository, files)
-    except FetchError as error:
-        if error.status in (401, 403):
-            raise UserError(
-                f"{error} If {config.repository} is private or gated, set HF_TOKEN to a token that may read it "
-                f"and accept its conditions at {hub.endpoint}/datasets/{config.repository}."
-            ) from error
-        raise
+    with Hub() as hub:
+        repository, files = _find(hub, config)
+        try:
+            _check_column(name, config, hub, repository, files[0])
+            if config.streaming:
+                writer = stream_documents(name, config, folder, job, hub, repository, files)
+                bad = writer.quarantine
+                check_bad_fraction(name, writer.documents, bad.counts, bad.first, job.max_bad_fraction, bad.path)
+                stored, quarantined = writer.files, dict(bad.counts)
+            else:
+                stored = _fetch(name, config, folder, job, hub, repository, files)
+        except FetchError as error:
+            if error.status in (401, 403):
+                raise UserError(
+                    f"{error} If {config.repository} is private or gated, set HF_TOKEN to a token that may read it "
+                    f"and accept its conditions at {hub.endpoint}/datasets/{config.repository}."
+                ) from error
+            raise
     subset = f", subset {config.subset}" if config.subset else ""
     return RawManifest(
         source=name,
@@ -91,9 +89,8 @@ def _find(hub: Hub, config: HubSourceConfig) -> tuple[Repository, list[HubFile]]
 
 def _check_column(name: str, config: HubSourceConfig, hub: Hub, repository: Repository, file: HubFile) -> None:
     """Look at the first row before fetching it all, and name the columns if the text column is not among them."""
-    with httpx.Client(headers=hub.headers, timeout=TIMEOUT, follow_redirects=True) as client:
-        with open_remote(client, hub, repository, file) as content:
-            row = next(iter(read_rows(content, file.path, config.text_column, limit=1)), None)
+    with open_remote(hub, repository, file) as content:
+        row = next(iter(read_rows(content, file.path, config.text_column, limit=1)), None)
     if isinstance(row, Fault) and row.columns and config.text_column not in row.columns:
         raise UserError(
             f"{config.repository} has no column {config.text_column!r}. Its columns are: {', '.join(row.columns)}. "
@@ -105,13 +102,15 @@ def _fetch(
     name: str, config: HubSourceConfig, folder: Path, job: Job, hub: Hub, repository: Repository, files: list[HubFile]
 ) -> list[RawFile]:
     """Fetch the files, all at once, or one after the other until they hold `max_documents` rows."""
-    remote = [_remote(folder, hub, repository, file) for file in files]
+    remote = [
+        RemoteFile(hub.url(repository, file.path), folder / file.path, file.size, file.checksum) for file in files
+    ]
     _reuse(remote, folder, job)
     step = len(remote) if config.max_documents is None else 1
     stored: list[RawFile] = []
     rows = 0
     for start in range(0, len(remote), step):
-        for done in fetch_files(remote[start : start + step], name=name, headers=hub.headers, progress=job.progress):
+        for done in fetch_files(remote[start : start + step], name=name, client=hub.client, progress=job.progress):
             path = done.file.path.relative_to(folder).as_posix()
             with open(done.file.path, "rb") as file:
                 count = count_rows(file, path, config.text_column)
@@ -122,13 +121,6 @@ def _fetch(
         if config.max_documents is not None and rows >= config.max_documents:
             break
     return stored
-
-
-def _remote(folder: Path, hub: Hub, repository: Repository, file: HubFile) -> RemoteFile:
-    path = PurePosixPath(file.path)
-    if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{repository.name} has a file named {file.path}, which leads out of {folder}. Not fetched.")
-    return RemoteFile(hub.url(repository, file.path), folder / path, file.size, file.checksum)
 
 
 def _reuse(files: list[RemoteFile], folder: Path, job: Job) -> None:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,6 @@ import httpx
 from data.fetch import FileFetch, Stopped
 from data.listing import format_bytes
 from data.transport.notes import Fetched, RemoteFile, present_bytes
-from data.transport.retry import TIMEOUT
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -31,7 +30,7 @@ def fetch_files(
     files: Sequence[RemoteFile],
     *,
     name: str,
-    headers: Mapping[str, str],
+    client: httpx.Client,
     progress: Progress,
     connections_per_host: int = CONNECTIONS_PER_HOST,
     first_wait: float = 1.0,
@@ -43,10 +42,10 @@ def fetch_files(
 
     Args:
         name: what the bars are about.
-        headers: sent with every request, but never to another host that it is redirected to if it authorises.
+        client: sends the requests; it must follow redirects.
         connections_per_host: most requests at a time to one host.
     """
-    return _Transfer(files, name, headers, progress, connections_per_host, first_wait).run()
+    return _Transfer(files, name, client, progress, connections_per_host, first_wait).run()
 
 
 class _Transfer:
@@ -54,7 +53,7 @@ class _Transfer:
         self,
         files: Sequence[RemoteFile],
         name: str,
-        headers: Mapping[str, str],
+        client: httpx.Client,
         progress: Progress,
         connections_per_host: int,
         first_wait: float,
@@ -70,7 +69,7 @@ class _Transfer:
             lambda: threading.BoundedSemaphore(connections_per_host)
         )
         self._workers = min(len(files), connections_per_host * len(hosts), MOST_CONNECTIONS)
-        self._client = httpx.Client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
+        self._client = client
         sizes = [file.size for file in files]
         total = None if None in sizes else sum(size or 0 for size in sizes)
         self._task = progress.add_task(name, total=total, completed=sum(present_bytes(file) for file in files))
@@ -99,7 +98,6 @@ class _Transfer:
             self._stop.set()
             for thread in threads:
                 thread.join(timeout=5.0)
-            self._client.close()
         return [done[index] for index in range(len(self._files))]
 
     def _work(self) -> None:
