@@ -16,6 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/train.py --config $(RECIPE)
 	$(BIN)/python scripts/eval.py --config $(RECIPE)
 	$(BIN)/python scripts/generate.py --config $(RECIPE) --prompt "The future of AI is"
+	$(BIN)/python scripts/report.py --config $(RECIPE)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/

@@ -1,0 +1,136 @@
+"""One self-contained page about a run: its figures, curves, sample texts, configuration and machine.
+
+Everything comes from the files of `runs/<name>/`, so the page can be made at any time, of a run in progress too.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from config.errors import UserError
+from config.files import write_text
+from config.load import load_config
+
+REPORT = "report.html"
+_MOST_SAMPLES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """What a run has written about itself; parts that are not there yet are empty."""
+
+    directory: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    evaluation: dict[str, Any]
+    environment: list[dict[str, Any]]
+
+    @property
+    def curves(self) -> Path:
+        """The picture of the losses."""
+        return self.directory / "curves.png"
+
+    def last(self, key: str) -> Any:
+        """The last value of `key` among the metrics, None where there is none."""
+        return next((row[key] for row in reversed(self.metrics) if row.get(key) is not None), None)
+
+
+def read_run(directory: Path) -> RunFiles:
+    """Read the files of `directory`. Raises `UserError` where that is no run."""
+    if not (directory / "config.yaml").is_file():
+        raise UserError(f"{directory} is not the folder of a run. Runs are made by python scripts/train.py.")
+    return RunFiles(
+        directory=directory,
+        config=yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")),
+        metrics=_json_lines(directory / "metrics.jsonl"),
+        samples=_json_lines(directory / "samples.jsonl"),
+        evaluation=_json(directory / "evaluation.json", {}),
+        environment=_json(directory / "environment.json", []),
+    )
+
+
+def newest_run(runs_dir: Path) -> Path:
+    """The run in `runs_dir` that was written to last. Raises `UserError` where there is none."""
+    runs = [path.parent for path in runs_dir.glob("*/metrics.jsonl")]
+    if not runs:
+        raise UserError(f"There is no run in {runs_dir}. Train one: python scripts/train.py")
+    return max(runs, key=lambda run: (run / "metrics.jsonl").stat().st_mtime)
+
+
+def figures(run: RunFiles) -> list[tuple[str, str]]:
+    """The figures at the top of the page, as (label, value)."""
+    found = run.evaluation
+    loss = found.get("loss", run.last("validation_loss"))
+    pairs = [
+        ("held-out loss, nats per token", _number(loss, ".3f")),
+        ("perplexity", _number(found.get("perplexity"), ",.1f")),
+        ("bits per byte", _number(found.get("bits_per_byte"), ".3f")),
+        ("steps", _number(run.last("step"), ",")),
+        ("tokens trained on", _number(run.last("tokens"), ",")),
+        ("seconds of training", _number(run.last("seconds"), ",.0f")),
+    ]
+    return [(label, value) for label, value in pairs if value]
+
+
+def write_report(run: RunFiles) -> Path:
+    """Write `report.html` into the run's folder, and return its path."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
+    )
+    model = run.config["model"]
+    page = environment.get_template("run.html").render(
+        name=run.directory.name,
+        about=f"{model['variant']}: {model['n_layers']} layers, width {model['d_model']}, "
+        f"context {model['context_length']}, vocabulary {model['vocab_size']}",
+        figures=figures(run),
+        curves=base64.b64encode(run.curves.read_bytes()).decode() if run.curves.is_file() else None,
+        samples=_spread(run.samples, _MOST_SAMPLES),
+        changes=_changes(run.config, load_config().model_dump()),
+        configuration=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+        environment=list(run.environment[-1].items()) if run.environment else [],
+    )
+    path = run.directory / REPORT
+    write_text(path, page)
+    return path
+
+
+def _changes(config: Any, default: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Keys whose values differ from the defaults, as (dotted key, default, value)."""
+    if not isinstance(config, dict) or not isinstance(default, dict):
+        return [] if config == default else [(prefix, default, config)]
+    found: list[tuple[str, Any, Any]] = []
+    for key in config:
+        found += _changes(config[key], default.get(key), f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def _spread(items: list[Any], most: int) -> list[Any]:
+    """At most `most` of `items`, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+def _number(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _json(path: Path, missing: Any) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else missing
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that may be growing: a last one without its newline is not read."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line]
