@@ -47,7 +47,8 @@ class Answer:
     """What the server does instead of answering a request for a file well, once.
 
     `status` with `headers` refuses; `cut_after` closes the connection after so many bytes of body, `pause_after` waits
-    there for `HubServer.resume`; `body` replaces the content; `etag` replaces the ETag.
+    there for `HubServer.resume`; `body` replaces the content; `etag` replaces the ETag. With `whole` it is kept for
+    a request that does not ask for a range.
     """
 
     status: int | None = None
@@ -57,6 +58,7 @@ class Answer:
     body: bytes | None = None
     etag: str | None = None
     ignore_range: bool = False
+    whole: bool = False
 
 
 @dataclass
@@ -219,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._misbehaves_by_status(request, path):
             return
         queue = self.server_state.misbehave[path]
-        answer = queue.pop(0) if queue else Answer()
+        answer = queue.pop(0) if queue and not (queue[0].whole and "range" in request.headers) else Answer()
         body = answer.body if answer.body is not None else body
         etag = answer.etag or etag
         start, end = 0, len(body)

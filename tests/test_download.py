@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -503,13 +504,13 @@ class TestCommand:
         """A download that was sent a signal in the middle of a file: the file, its content, its part, the process."""
         path = "data/train-00000-of-00002.parquet"
         body = hub.repos[NAME].branches["main"][path] = parquet(stories(3000, words=300))
-        # The first two answers are for the look at the columns.
-        hub.misbehave[path] = [Answer(), Answer(), Answer(pause_after=1_000_000)]
+        hub.misbehave[path] = [Answer(pause_after=1_000_000, whole=True)]
         process = self.start()
         assert hub.paused.wait(60)
         part = Path("corpus/raw/.tinystories.partial") / f"{path}.part"
         while not part.exists() or part.stat().st_size < 900_000:
             assert process.poll() is None
+            time.sleep(0.02)
         os.kill(process.pid, number)
         hub.resume.set()
         return path, body, part, process

@@ -54,7 +54,7 @@ def _read_group(
     rows = max(1, min(1000, BATCH_BYTES * metadata.num_rows // max(metadata.total_byte_size, 1)))
     number = first
     try:
-        for batch in content.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
+        for batch in content.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
             batch = batch.slice(0, first + size - number)
             for row in _read_batch(batch, number, columns):
                 if row.number >= start:
