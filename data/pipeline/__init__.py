@@ -1,0 +1,1 @@
+"""From documents to token files: functions on batches, and the three stages that call them."""

@@ -1,0 +1,201 @@
+"""Running a stage: datatrove's local executor, with eyes on its workers.
+
+Tasks, completion marks, logs and statistics are datatrove's own. What differs: a worker that is killed is noticed and
+its task repeated (a `multiprocessing.Pool` waits for it for ever), workers are kept from stage to stage and never
+outlive the command, the terminal belongs to the progress bar, and how far the tasks are is known while they run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from copy import copy, deepcopy
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from loguru import logger
+
+from config.errors import UserError
+
+ATTEMPTS = 3
+POLL_SECONDS = 0.1
+START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+QUIET = 1  # datatrove shows the log of local rank 0 on the terminal and keeps that of others in files
+
+logger.disable("datatrove")
+
+
+def _nobody(documents: int) -> None:
+    """Where progress goes when no one looks."""
+
+
+_report: Callable[[int], None] = _nobody
+
+
+class Stage(PipelineStep):  # type: ignore[misc]
+    """One step of the pipeline: `work` does task `part` of `parts` and writes its results as whole files.
+
+    What it writes depends on its inputs alone, so a task that was interrupted is simply done again.
+    """
+
+    type = "Quern"
+
+    def work(self, part: int, parts: int) -> None:
+        """Do one task; a stage's own work."""
+        raise NotImplementedError
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        """What datatrove calls."""
+        logger.info("{} {} of {}", self.name, rank, world_size)
+        try:
+            self.work(rank, world_size)
+        except BaseException:
+            logger.opt(exception=True).info("failed")
+            raise
+        logger.info("done")
+
+
+def advance(documents: int) -> None:
+    """Called by a stage: so many more documents are done."""
+    _report(documents)
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_stage(
+    stage: Stage, tasks: int, workers: Workers, folder: Path, on_progress: Callable[[int], None] = _nobody
+) -> None:
+    """Do the tasks of `stage` that `folder` has no completion mark for.
+
+    `on_progress` is called with the number of documents done since the last call. Raises whatever a task raised, after
+    ending the others, and `UserError` when workers are killed again and again.
+    """
+    executor = _Executor([stage], tasks=tasks, workers=workers.count, logging_dir=str(folder))
+    for _ in range(ATTEMPTS):
+        ranks = executor.get_incomplete_ranks()
+        try:
+            workers.map(executor.run_task, ranks, on_progress)
+            return
+        except BrokenProcessPool:
+            continue
+    raise UserError(
+        "Worker processes were killed several times, most likely because memory ran out. The finished parts are kept: "
+        "run the command again with a lower data.preprocess.workers or data.preprocess.batch_documents."
+    )
+
+
+class _Executor(LocalPipelineExecutor):  # type: ignore[misc]
+    """The tasks of one stage; who runs them is up to `Workers`."""
+
+    def run_task(self, rank: int) -> None:
+        """Run one task, with datatrove's log, statistics and completion mark."""
+        executor = copy(self)
+        executor.pipeline = deepcopy(self.pipeline)  # the statistics of a step are those of its task alone
+        executor._run_for_rank(rank, QUIET)
+
+
+class Workers:
+    """The processes that tasks run in: `count` of them, started when first needed; with one, this process itself.
+
+    Leaving the `with` block by an exception ends them at once.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool: ProcessPoolExecutor | None = None
+        self._others = set(multiprocessing.active_children())
+        self._context = multiprocessing.get_context(START_METHOD)
+        self._done = self._context.Value("q", 0)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end(at_once=error is not None)
+
+    def map(self, task: Callable[[int], None], ranks: Sequence[int], on_progress: Callable[[int], None]) -> None:
+        """Call `task` with each of `ranks`; `BrokenProcessPool` if a worker was killed over it."""
+        if self.count == 1:
+            self._map_here(task, ranks, on_progress)
+            return
+        seen = self._done.value
+        try:
+            pool = self._start()
+            futures: set[Future[None]] = {pool.submit(task, rank) for rank in ranks}
+            while futures:
+                done, futures = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
+                value = self._done.value
+                on_progress(value - seen)
+                seen = value
+                for future in done:
+                    future.result()
+        except BaseException:
+            self._end(at_once=True)
+            raise
+
+    def _map_here(self, task: Callable[[int], None], ranks: Sequence[int], on_progress: Callable[[int], None]) -> None:
+        global _report
+        _report = on_progress
+        try:
+            for rank in ranks:
+                task(rank)
+        finally:
+            _report = _nobody
+
+    def _start(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            for variable in ("POLARS_MAX_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS"):
+                os.environ.setdefault(variable, "1")  # the workers are the parallelism
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            if START_METHOD == "forkserver":
+                self._context.set_forkserver_preload(["__main__", "data.pipeline.stages"])
+            self._pool = ProcessPoolExecutor(
+                self.count, mp_context=self._context, initializer=_start_worker, initargs=(self._done,)
+            )
+        return self._pool
+
+    def _end(self, at_once: bool) -> None:
+        if self._pool is None:
+            return
+        pool, self._pool = self._pool, None
+        pool.shutdown(wait=not at_once, cancel_futures=True)
+        if at_once:
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.terminate()
+                process.join()
+
+
+def _start_worker(done: Synchronized[int]) -> None:
+    """Prepare a worker: Ctrl-C is the parent's to handle, and the parent's end is the worker's."""
+    global _report
+
+    def count(documents: int) -> None:
+        with done.get_lock():
+            done.value += documents
+
+    _report = count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, name="follow-parent", daemon=True).start()

@@ -1,0 +1,77 @@
+"""What is to be done: the settings and inputs that the token files depend on, in one fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config.errors import UserError
+from config.schema import DataConfig
+from data.manifest import QUARANTINE, RawManifest, file_sha256, load_raw_manifest
+from data.tokens import MANIFEST, TokenFiles, TokensManifest
+
+if TYPE_CHECKING:
+    from data.tokenization.protocol import Tokenizer
+
+VERSION = 1  # raised whenever the same inputs and settings would give other bytes than before
+NO_TRACE = {"workers", "tasks", "batch_documents", "max_bad_fraction"}  # settings that leave none in the output
+
+
+def raw_manifests(data: DataConfig) -> list[RawManifest]:
+    """The manifest of every source in use; `UserError` for the first that was not downloaded."""
+    return [load_raw_manifest(Path(data.raw_dir) / name) for name in data.use]
+
+
+def recorded_settings(data: DataConfig) -> dict[str, Any]:
+    """The part of the configuration that decides the content of the token files, as the manifest records it."""
+    return {
+        "seed": data.seed,
+        "use": list(data.use),
+        "sources": {name: data.sources[name].model_dump(mode="json") for name in data.use},
+        "preprocess": data.preprocess.model_dump(mode="json", exclude=NO_TRACE),
+    }
+
+
+def fingerprint(data: DataConfig, raw: Sequence[RawManifest], tokenizer: Tokenizer) -> str:
+    """SHA-256 over all that the token files depend on: settings, checksums of the inputs, tokenizer, this code."""
+    inputs = [
+        {
+            "files": [[file.path, file.sha256, file.documents] for file in manifest.files],
+            "quarantine": _checksum(Path(data.raw_dir) / name / QUARANTINE),
+        }
+        for name, manifest in zip(data.use, raw)
+    ]
+    identity = {
+        "version": VERSION,
+        "settings": recorded_settings(data),
+        "inputs": inputs,
+        "tokenizer": [tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_text_id],
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def present(tokens_dir: Path, expected: str) -> TokensManifest | None:
+    """The manifest of `tokens_dir` if its files are those with the fingerprint `expected`, and all there.
+
+    Raises `UserError` where the folder holds something else altogether, which must not be replaced.
+    """
+    if not (tokens_dir / MANIFEST).exists():
+        if tokens_dir.is_dir() and any(tokens_dir.iterdir()) or tokens_dir.is_file():
+            raise UserError(
+                f"{tokens_dir} holds something other than token files, which would be lost. "
+                "Choose another data.tokens_dir, or move what is there."
+            )
+        return None
+    try:
+        manifest = TokenFiles(tokens_dir, "train").manifest
+        TokenFiles(tokens_dir, "val")
+    except UserError:
+        return None
+    return manifest if manifest.fingerprint == expected else None
+
+
+def _checksum(path: Path) -> str | None:
+    return file_sha256(path) if path.exists() else None

@@ -1,0 +1,84 @@
+"""The funnel for people: what came in, what each rule dropped, what was kept; on the terminal and as `report.md`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.funnel import Funnel, total
+from data.tokens import Split, TokensManifest
+
+SPLITS: tuple[Split, Split] = ("train", "val")
+SPLIT_HEADINGS = ("split", "documents", "tokens", "bytes per token")
+FUNNEL_HEADINGS = ("step", "documents", "bytes", "share of documents")
+
+
+def funnel_rows(funnel: Funnel) -> list[tuple[str, str, str, str]]:
+    """One row per step: its name, documents, bytes, and share of the documents that were read."""
+
+    def row(name: str, documents: int, size: int | None = None) -> tuple[str, str, str, str]:
+        share = f"{documents / funnel.read.documents:.2%}" if funnel.read.documents else ""
+        return name, f"{documents:,}", "" if size is None else f"{size:,}", share
+
+    return [
+        *[row(f"unreadable: {reason}", count) for reason, count in sorted(funnel.bad.items())],
+        row("read", funnel.read.documents, funnel.read.bytes),
+        row("mended", funnel.cleaned.documents, -funnel.cleaned.bytes),
+        *[row(f"dropped: {rule}", drop.documents, -drop.bytes) for rule, drop in sorted(funnel.dropped.items())],
+        row("kept", funnel.kept.documents, funnel.kept.bytes),
+    ]
+
+
+def split_rows(manifest: TokensManifest) -> list[tuple[str, str, str, str]]:
+    """One row per split: its name, documents, tokens, and bytes of text per token."""
+    rows: list[tuple[str, str, str, str]] = []
+    for split in SPLITS:
+        tokens = manifest.tokens(split)
+        ratio = f"{manifest.bytes(split) / tokens:.3f}" if tokens else ""
+        rows.append((split, f"{manifest.documents(split):,}", f"{tokens:,}", ratio))
+    return rows
+
+
+def print_manifest(manifest: TokensManifest, tokens_dir: Path, changed: bool) -> None:
+    """Print the funnel of the corpus and the splits, and where they lie."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    whole = total(manifest.funnel.values())
+    for headings, rows in ((FUNNEL_HEADINGS, funnel_rows(whole)), (SPLIT_HEADINGS, split_rows(manifest))):
+        table = Table(headings[0])
+        for heading in headings[1:]:
+            table.add_column(heading, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    print(SPLIT_NOTES[manifest.validation])
+    if not changed:
+        print(f"{tokens_dir} is up to date: same sources, settings and tokenizer. --force makes it anew.")
+        return
+    names = ", ".join(file.name for split in SPLITS for file in manifest.splits[split][:3])
+    print(f"Wrote {tokens_dir}: {names}, their .index files, manifest.json, report.md")
+
+
+def markdown(manifest: TokensManifest) -> str:
+    """`report.md`: the funnel of the corpus and of each source, and the splits. It depends on the manifest alone."""
+    parts = ["# Token files\n", _table(SPLIT_HEADINGS, split_rows(manifest))]
+    parts.append(SPLIT_NOTES[manifest.validation] + "\n")
+    if len(manifest.funnel) > 1:
+        parts += ["## All sources\n", _table(FUNNEL_HEADINGS, funnel_rows(total(manifest.funnel.values())))]
+    for name, funnel in manifest.funnel.items():
+        parts += [f"## Source {name}\n", _table(FUNNEL_HEADINGS, funnel_rows(funnel))]
+    return "\n".join(parts)
+
+
+SPLIT_NOTES = {
+    "documents": "Whole documents are held out for validation, chosen by a hash of their text.",
+    "tails": "The corpus has few documents, so the last part of each is held out for validation.",
+}
+
+
+def _table(headings: tuple[str, ...], rows: list[tuple[str, str, str, str]]) -> str:
+    lines = [headings, ("---", *["---:"] * (len(headings) - 1)), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,151 @@
+"""The three stages, as pipeline steps: clean, tokenize, write.
+
+1. `CleanStage`, a share of the raw documents per task: mend, judge by the rules, hash, write as sorted runs.
+2. `TokenizeStage`, a range of hashes per task: merge the runs, drop duplicates, divide, tokenize, write a shard.
+3. `WriteStage`, a token file per task: put it together from the shards.
+
+What stands in the files after a stage is a function of the documents and the settings; which task did it, in which
+order and how often, leaves no trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from pydantic import BaseModel
+
+from config.errors import UserError
+from config.files import write_text
+from config.schema import DataConfig
+from data.documents import BadRecord
+from data.funnel import Count, Funnel
+from data.pipeline.bad_records import write_quarantine
+from data.pipeline.batches import count_by, count_dropped, read_batches, text_bytes
+from data.pipeline.clean import clean
+from data.pipeline.executor import Stage, advance
+from data.pipeline.keys import add_keys, drop_duplicates, key_range
+from data.pipeline.rules import apply_rules, length_rules
+from data.pipeline.runs import read_range, run_writer
+from data.pipeline.shards import FilePlan, assemble, write_shard
+from data.pipeline.split import Split, divide, lowest
+from data.tokenization import load_tokenizer
+from data.tokenization.protocol import Tokenizer
+from data.tokens import TokenFile, token_dtype
+
+
+class CleanReport(BaseModel):
+    """What one task of the first stage has to tell: a funnel per source, and the lowest split hashes."""
+
+    funnels: list[Funnel]
+    lowest: list[int]
+
+
+class CleanStage(Stage):
+    """Raw documents to sorted runs (`00000.arrow`), bad records (`00000.jsonl`) and a report (`00000.json`)."""
+
+    name = "clean"
+
+    def __init__(self, data: DataConfig, folder: Path) -> None:
+        super().__init__()
+        self.data = data
+        self.folder = folder
+
+    def work(self, part: int, parts: int) -> None:
+        settings = self.data.preprocess
+        rules = length_rules(settings.filter)
+        funnels = [Funnel() for _ in self.data.use]
+        bad: list[BadRecord] = []
+        hashes = np.empty(0, np.uint64)
+
+        def on_duplicates(frame: pl.DataFrame) -> None:
+            count_dropped(funnels, frame)
+
+        duplicates = on_duplicates if settings.exact_deduplication else None
+        with run_writer(self.folder / f"{part:05d}.arrow", duplicates) as runs:
+            for frame in read_batches(self.data, part, parts, bad.append):
+                documents = len(frame)
+                funnel = funnels[frame["source"][0]]
+                funnel.read.add(documents, text_bytes(frame))
+                frame, changed, removed = clean(frame, settings.clean)
+                funnel.cleaned.add(changed, removed)
+                frame, dropped = apply_rules(frame, rules)
+                count_dropped(funnels, dropped)
+                frame = add_keys(frame, self.data.seed)
+                hashes = lowest(np.append(hashes, frame["split"].to_numpy()), settings.validation_fraction)
+                runs.add(frame)
+                advance(documents)
+        for record in bad:
+            reasons = funnels[self.data.use.index(record.source)].bad
+            reasons[record.reason] = reasons.get(record.reason, 0) + record.count
+        write_quarantine(self.folder / f"{part:05d}.jsonl", self.data.use, bad)
+        report = CleanReport(funnels=funnels, lowest=hashes.tolist())
+        write_text(self.folder / f"{part:05d}.json", report.model_dump_json())
+
+
+class ShardReport(BaseModel):
+    """What one task of the second stage has to tell: duplicates dropped and documents kept, per source."""
+
+    funnels: list[Funnel]
+
+
+class TokenizeStage(Stage):
+    """Sorted runs to shards (`00000/train.bin` ...) and a report (`00000.json`)."""
+
+    name = "tokenize"
+
+    def __init__(
+        self, data: DataConfig, tokenizer: Tokenizer, split: Split, runs: Sequence[Path], folder: Path
+    ) -> None:
+        super().__init__()
+        self.data = data
+        self.tokenizer_fingerprint = tokenizer.fingerprint
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.split = split
+        self.runs = list(runs)
+        self.folder = folder
+
+    def work(self, part: int, parts: int) -> None:
+        tokenizer = _tokenizer(self.data.tokenizer_dir, self.data.tokenizer.encoder, self.tokenizer_fingerprint)
+        funnels = [Funnel() for _ in self.data.use]
+        frame = read_range(self.runs, *key_range(part, parts))
+        if self.data.preprocess.exact_deduplication:
+            frame, dropped = drop_duplicates(frame)
+            count_dropped(funnels, dropped)
+        for source, documents, size in count_by(frame, "source"):
+            funnels[source].kept = Count(documents=documents, bytes=size)
+        train, validation = divide(frame, self.split)
+        batch, dtype = self.data.preprocess.batch_documents, np.dtype(self.dtype)
+        shard = self.folder / f"{part:05d}"
+        write_shard(shard, "train", train, tokenizer, dtype, batch, advance)
+        write_shard(shard, "val", validation, tokenizer, dtype, batch, advance)
+        write_text(self.folder / f"{part:05d}.json", ShardReport(funnels=funnels).model_dump_json())
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(directory: str, encoder: str, fingerprint: str) -> Tokenizer:
+    """The tokenizer, once per process, since its check against the reference library takes a moment."""
+    tokenizer = load_tokenizer(Path(directory), encoder)
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(f"The tokenizer in {directory} was changed during preprocessing. Type the same command again.")
+    return tokenizer
+
+
+class WriteStage(Stage):
+    """Shards to token files, each with its description for the manifest (`00000.json`)."""
+
+    name = "write"
+
+    def __init__(self, plans: Sequence[FilePlan], dtype: str, output: Path, folder: Path) -> None:
+        super().__init__()
+        self.plans = list(plans)
+        self.dtype = dtype
+        self.output = output
+        self.folder = folder
+
+    def work(self, part: int, parts: int) -> None:
+        file: TokenFile = assemble(self.plans[part], self.output, np.dtype(self.dtype).itemsize, advance)
+        write_text(self.folder / f"{part:05d}.json", file.model_dump_json())
