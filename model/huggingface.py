@@ -1,0 +1,281 @@
+"""Weights to and from Hugging Face's `transformers`: GPT-2 for learned positions, Llama for rotary ones.
+
+An option that the other side lacks is refused by name; nothing is approximated. `transformers` is imported only when a
+function here is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config.errors import UserError
+from config.schema import ModelConfig
+from model.transformer import Transformer
+
+_LLAMA_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+_GPT2_BLOCK = {
+    "attention_norm": "ln_1",
+    "attention.output": "attn.c_proj",
+    "feed_forward_norm": "ln_2",
+    "feed_forward.up": "mlp.c_fc",
+    "feed_forward.down": "mlp.c_proj",
+}
+_QKV = ("query", "key", "value")
+_VOCABULARY_TABLES = ("token_embedding.weight", "head.weight")
+
+
+def to_huggingface(model: Transformer) -> Any:
+    """The same model as a `GPT2LMHeadModel` or a `LlamaForCausalLM`, on the CPU, in the same dtype, for evaluation.
+
+    Its vocabulary has no padding rows. Biases that a GPT-2 must have and this model has not become zeros. Raises
+    `UserError` naming every option of the configuration that the counterpart lacks.
+    """
+    import transformers
+
+    config = model.config
+    weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    for name in _VOCABULARY_TABLES:
+        if name in weights:
+            weights[name] = weights[name][: config.vocab_size]
+    shared: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.init_std,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    theirs: Any
+    if config.position == "learned":
+        _require("GPT-2", config, norm="layernorm", activation="gelu", qk_norm=False, n_kv_heads=config.n_heads)
+        theirs = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                n_positions=config.context_length,
+                n_embd=config.d_model,
+                n_layer=config.n_layers,
+                n_head=config.n_heads,
+                n_inner=config.feed_forward_dim,
+                layer_norm_epsilon=config.norm_eps,
+                resid_pdrop=config.dropout,
+                embd_pdrop=config.dropout,
+                attn_pdrop=config.dropout,
+                **shared,
+            )
+        )
+        state = _to_gpt2(weights, config)
+    else:
+        _require("Llama", config, norm="rmsnorm", activation="swiglu", qk_norm=False)
+        theirs = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                max_position_embeddings=config.context_length,
+                hidden_size=config.d_model,
+                num_hidden_layers=config.n_layers,
+                num_attention_heads=config.n_heads,
+                num_key_value_heads=config.kv_heads,
+                head_dim=config.head_dim,
+                intermediate_size=config.feed_forward_dim,
+                rms_norm_eps=config.norm_eps,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                attention_bias=config.bias,
+                mlp_bias=config.bias,
+                attention_dropout=config.dropout,
+                **shared,
+            )
+        )
+        state = {there: weights[here] for here, there in _llama_names(config).items()}
+    theirs = theirs.to(model.output_weight.dtype)
+    if config.tie_embeddings:
+        state["lm_head.weight"] = weights["token_embedding.weight"]
+    theirs.load_state_dict(state)
+    return theirs.eval()
+
+
+def from_huggingface(hf_model: Any) -> Transformer:
+    """The same model as a `Transformer`, on the CPU, in the same dtype, for evaluation.
+
+    `hf_model` is a `GPT2LMHeadModel` or a `LlamaForCausalLM`. Raises `UserError` for another architecture, or naming
+    the option that a `Transformer` lacks.
+    """
+    name = type(hf_model).__name__
+    theirs = {key: value.detach().cpu() for key, value in hf_model.state_dict().items()}
+    if name == "GPT2LMHeadModel":
+        config = _config_of_gpt2(hf_model.config)
+        state = _from_gpt2(theirs, config)
+    elif name == "LlamaForCausalLM":
+        config = _config_of_llama(hf_model.config)
+        state = {here: theirs[there] for here, there in _llama_names(config).items()}
+    else:
+        raise UserError(f"A {name} cannot be imported; GPT2LMHeadModel and LlamaForCausalLM can.")
+    for table in _VOCABULARY_TABLES:
+        if table in state:
+            state[table] = F.pad(state[table], (0, 0, 0, config.padded_vocab_size - hf_model.config.vocab_size))
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(hf_model.dtype).to_empty(device="cpu")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _require(counterpart: str, config: ModelConfig, **needed: Any) -> None:
+    """Raise `UserError` unless every option in `needed` has the value that the counterpart knows."""
+    values = {**config.model_dump(), "n_kv_heads": config.kv_heads}
+    wrong = [key for key, value in needed.items() if values[key] != value]
+    if wrong:
+        there = ", ".join(f"model.{key}={_yaml(values[key])}" for key in wrong)
+        instead = " ".join(f"model.{key}={_yaml(needed[key])}" for key in wrong)
+        raise UserError(
+            f"Hugging Face's {counterpart}, the counterpart of model.position={config.position}, has no {there}. "
+            f"Only a model trained with {instead} can be exported to it."
+        )
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower()
+
+
+def _llama_names(config: ModelConfig) -> dict[str, str]:
+    """Name of every weight here, and its name in `LlamaForCausalLM`."""
+    names = {"token_embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
+    if not config.tie_embeddings:
+        names["head.weight"] = "lm_head.weight"
+    for layer in range(config.n_layers):
+        for here, there in _LLAMA_BLOCK.items():
+            kinds = ("weight", "bias") if config.bias and not here.endswith("norm") else ("weight",)
+            for kind in kinds:
+                names[f"blocks.{layer}.{here}.{kind}"] = f"model.layers.{layer}.{there}.{kind}"
+    return names
+
+
+def _gpt2_names(config: ModelConfig) -> dict[str, str]:
+    """Name of every layer here, and its name in `GPT2LMHeadModel`, but for the fused query, key and value."""
+    names = {"final_norm": "transformer.ln_f"}
+    for layer in range(config.n_layers):
+        for here, there in _GPT2_BLOCK.items():
+            names[f"blocks.{layer}.{here}"] = f"transformer.h.{layer}.{there}"
+    return names
+
+
+def _to_gpt2(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """GPT-2's weights: matrices are stored `(in, out)`; query, key and value are one matrix."""
+    state = {"transformer.wte.weight": weights["token_embedding.weight"]}
+    state["transformer.wpe.weight"] = weights["position_embedding.weight"]
+    if not config.tie_embeddings:
+        state["lm_head.weight"] = weights["head.weight"]
+
+    def put(there: str, weight: Tensor, bias: Tensor | None) -> None:
+        state[f"{there}.weight"] = weight.T if weight.ndim == 2 else weight
+        state[f"{there}.bias"] = weight.new_zeros(weight.shape[0]) if bias is None else bias
+
+    for here, there in _gpt2_names(config).items():
+        put(there, weights[f"{here}.weight"], weights.get(f"{here}.bias"))
+    for layer in range(config.n_layers):
+        parts = [f"blocks.{layer}.attention.{part}" for part in _QKV]
+        weight = torch.cat([weights[f"{part}.weight"] for part in parts])
+        bias = torch.cat([weights[f"{part}.bias"] for part in parts]) if config.bias else None
+        put(f"transformer.h.{layer}.attn.c_attn", weight, bias)
+    return state
+
+
+def _from_gpt2(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The reverse of `_to_gpt2`."""
+    state = {"token_embedding.weight": theirs["transformer.wte.weight"]}
+    state["position_embedding.weight"] = theirs["transformer.wpe.weight"]
+    if not config.tie_embeddings:
+        state["head.weight"] = theirs["lm_head.weight"]
+    for here, there in _gpt2_names(config).items():
+        weight = theirs[f"{there}.weight"]
+        state[f"{here}.weight"] = weight.T if weight.ndim == 2 else weight
+        state[f"{here}.bias"] = theirs[f"{there}.bias"]
+    for layer in range(config.n_layers):
+        fused = f"transformer.h.{layer}.attn.c_attn"
+        for kind in ("weight", "bias"):
+            thirds = theirs[f"{fused}.{kind}"].T.chunk(3)
+            state |= {f"blocks.{layer}.attention.{part}.{kind}": third for part, third in zip(_QKV, thirds)}
+    return state
+
+
+def _refuse(hf_config: Any, **allowed: tuple[Any, ...]) -> None:
+    """Raise `UserError` for the first option of `hf_config` that is not among the `allowed` values."""
+    for key, values in allowed.items():
+        if getattr(hf_config, key) not in values:
+            raise UserError(
+                f"The {hf_config.model_type} model has {key}={getattr(hf_config, key)}, which has no counterpart here; "
+                f"only {' or '.join(map(str, values))} can be imported."
+            )
+
+
+def _config_of_gpt2(theirs: Any) -> ModelConfig:
+    _refuse(
+        theirs,
+        activation_function=("gelu_new", "gelu_pytorch_tanh"),
+        scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,),
+        add_cross_attention=(False,),
+    )
+    return ModelConfig(
+        variant="gpt2",
+        context_length=theirs.n_positions,
+        vocab_size=theirs.vocab_size,
+        n_layers=theirs.n_layer,
+        n_heads=theirs.n_head,
+        n_kv_heads=None,
+        d_model=theirs.n_embd,
+        d_ff=theirs.n_inner,
+        position="learned",
+        rope_theta=10000.0,
+        norm="layernorm",
+        norm_eps=theirs.layer_norm_epsilon,
+        activation="gelu",
+        bias=True,
+        tie_embeddings=theirs.tie_word_embeddings,
+        qk_norm=False,
+        dropout=theirs.resid_pdrop,
+        init_std=theirs.initializer_range,
+        zero_init_projections=False,
+    )
+
+
+def _config_of_llama(theirs: Any) -> ModelConfig:
+    _refuse(
+        theirs,
+        hidden_act=("silu", "swish"),
+        head_dim=(theirs.hidden_size // theirs.num_attention_heads,),
+        mlp_bias=(theirs.attention_bias,),
+    )
+    rope = theirs.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"The llama model has rope_type={rope['rope_type']}, which has no counterpart here.")
+    return ModelConfig(
+        variant="llama",
+        context_length=theirs.max_position_embeddings,
+        vocab_size=theirs.vocab_size,
+        n_layers=theirs.num_hidden_layers,
+        n_heads=theirs.num_attention_heads,
+        n_kv_heads=theirs.num_key_value_heads,
+        d_model=theirs.hidden_size,
+        d_ff=theirs.intermediate_size,
+        position="rope",
+        rope_theta=rope["rope_theta"],
+        norm="rmsnorm",
+        norm_eps=theirs.rms_norm_eps,
+        activation="swiglu",
+        bias=theirs.attention_bias,
+        tie_embeddings=theirs.tie_word_embeddings,
+        qk_norm=False,
+        dropout=0.0,
+        init_std=theirs.initializer_range,
+        zero_init_projections=False,
+    )
