@@ -12,7 +12,7 @@ from config.command import Overrides, PrintConfig, Recipe, Resume, progress, run
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from data.examples.encoding import Encoded
+    from data.examples.reading import Example
     from evaluation.perplexity import Evaluation
     from model.transformer import Transformer
     from training.finetuning import Finetuning
@@ -215,21 +215,21 @@ def _report(job: Finetuning, result: TrainResult) -> None:
         f"Loss on {len(job.validation):,} held-out examples: {before:.4f} before, {loss:.4f} after "
         f"(perplexity {math.exp(before):.2f} before, {math.exp(loss):.2f} after)."
     )
-    prompt = _prompt(job, job.validation.encoded(0))
+    prompt = _prompt(job.probe)
     print(f"Wrote {result.checkpoint} and {result.run_dir}/ (metrics.jsonl, curves.png).")
     print(f"Next: python scripts/generate.py --checkpoint {shlex.quote(str(result.checkpoint))}{prompt}")
 
 
-def _prompt(job: Finetuning, encoded: Encoded) -> str:
-    """A held-out prompt as an option of generate.py; none where it is no plain line."""
+def _prompt(probe: Example) -> str:
+    """A held-out prompt as an option of generate.py; none where it is no single line, which are better typed."""
     import shlex
 
-    from data.examples.preview import segments
+    from data.examples.reading import ChatExample, CompletionExample
 
-    parts = segments(job.tokenizer, encoded)
-    if job.about["format"] != "prompt-completion" or "\n" in parts[0][0]:
-        return ""
-    return f" --prompt {shlex.quote(parts[0][0])}"
+    text = probe.prompt if isinstance(probe, CompletionExample) else ""
+    if isinstance(probe, ChatExample) and [message["role"] for message in probe.messages] == ["user", "assistant"]:
+        text = probe.messages[0]["content"]
+    return f" --prompt {shlex.quote(text)}" if text and "\n" not in text and len(text) < 200 else ""
 
 
 def main() -> None:
