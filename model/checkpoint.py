@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import pickle
 import re
 from dataclasses import dataclass
@@ -57,9 +56,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save({"format": FORMAT, **state}, file)
         except RuntimeError as error:
-            # torch's writer reports a failed write of the file below it without the system's own error.
-            if "write" in str(error):
-                raise OSError(errno.ENOSPC, str(error)) from error
+            # When a write fails, torch closes its archive, which fails in its turn and hides the system's own error.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
             raise
 
 
@@ -73,10 +72,12 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
         raise UserError(f"There is no checkpoint {path}. Train one with: python scripts/train.py")
     try:
         state = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+    except PermissionError as error:
+        raise UserError(f"May not read {path}: permission denied.") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         raise UserError(
             f"{path} is not a whole checkpoint: it was cut short, damaged, or is another kind of file. "
-            "Use another checkpoint of its folder, or --resume latest."
+            "Use another checkpoint."
         ) from error
     if not isinstance(state, dict) or not {"model", "config", "step"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this program: it lacks the weights or the configuration.")

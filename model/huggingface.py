@@ -202,7 +202,7 @@ def _from_gpt2(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Tens
     for layer in range(config.n_layers):
         fused = f"transformer.h.{layer}.attn.c_attn"
         for kind in ("weight", "bias"):
-            thirds = theirs[f"{fused}.{kind}"].T.chunk(3)
+            thirds = [third.T if third.ndim == 2 else third for third in theirs[f"{fused}.{kind}"].chunk(3, dim=-1)]
             state |= {f"blocks.{layer}.attention.{part}.{kind}": third for part, third in zip(_QKV, thirds)}
     return state
 
