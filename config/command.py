@@ -66,13 +66,20 @@ def resolve(
 
     `base` are recipes of the command itself, under the user's own.
     """
-    from config.load import load_config, to_yaml
+    from config.load import load_config
 
     config = load_config([*base, *([recipe] if recipe else [])], overrides or [])
-    if print_config:
+    show(config, print_config)
+    return config
+
+
+def show(config: Config, wanted: bool = True) -> None:
+    """If it is `wanted`, print the configuration and exit."""
+    from config.load import to_yaml
+
+    if wanted:
         print(to_yaml(config), end="")
         raise typer.Exit()
-    return config
 
 
 def progress(in_bytes: bool = False, **options: Any) -> Progress:
@@ -82,9 +89,13 @@ def progress(in_bytes: bool = False, **options: Any) -> Progress:
     """
     from rich import progress as bars
     from rich.console import Console
+    from rich.table import Column
 
     console = Console(stderr=True)
-    amount = [bars.DownloadColumn(), bars.TransferSpeedColumn()] if in_bytes else [bars.MofNCompleteColumn()]
+    amount: list[bars.ProgressColumn] = [bars.MofNCompleteColumn()]
+    if in_bytes:
+        whole = Column(no_wrap=True)
+        amount = [bars.DownloadColumn(table_column=whole), bars.TransferSpeedColumn(table_column=whole)]
     return bars.Progress(
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),

@@ -119,7 +119,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def downloaded_sources(raw_dir: Path) -> Sequence[tuple[str, RawManifest | None]]:
-    """Every source under `raw_dir` by name, with None for one whose download has not finished."""
+    """Every source under `raw_dir` by name, with None for one whose download has not finished or is damaged."""
     if not raw_dir.is_dir():
         return []
     found: dict[str, RawManifest | None] = {}
@@ -127,5 +127,8 @@ def downloaded_sources(raw_dir: Path) -> Sequence[tuple[str, RawManifest | None]
         if path.name.startswith(".") and path.name.endswith(".partial"):
             found.setdefault(path.name[1 : -len(".partial")], None)
         elif not path.name.startswith(".") and (path / MANIFEST).exists():
-            found[path.name] = load_raw_manifest(path)
+            try:
+                found[path.name] = load_raw_manifest(path)
+            except UserError:
+                found[path.name] = None
     return sorted(found.items())

@@ -47,6 +47,7 @@ class FileFetch:
         advance: called with the number of bytes that came in, or minus those that turned out worthless.
         stop: makes `run` raise `Stopped` at the next chunk or wait.
         first_wait: seconds before the second try; it doubles with every try that brings nothing.
+        waiting: called with what is waited for before each new try, and with nothing when it begins.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class FileFetch:
         advance: Callable[[int], None] = lambda count: None,
         stop: threading.Event | None = None,
         first_wait: float = 1.0,
+        waiting: Callable[[str], None] = lambda why: None,
     ) -> None:
         self._client = client
         self._file = file
         self._advance = advance
         self._stop = stop or threading.Event()
         self._first_wait = first_wait
+        self._waiting = waiting
         self._part = file.part
         self._digests = _Digests(file)
         self._length = 0
@@ -83,6 +86,7 @@ class FileFetch:
             after=self._count,
             wait=lambda state: waiting_time(state, self._fruitless, self._first_wait),
             stop=lambda state: self._fruitless >= FRUITLESS_TRIES or self._damaged >= DAMAGED_TRIES,
+            before_sleep=self._say,
             sleep=tenacity.nap.sleep_using_event(self._stop),
             reraise=True,
         )
@@ -100,6 +104,11 @@ class FileFetch:
         self._fruitless = 0 if self._length > self._best else self._fruitless + 1
         self._best = max(self._best, self._length)
 
+    def _say(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        why = getattr(error, "status", None) or ("damaged" if getattr(error, "damaged", False) else "cut")
+        self._waiting(f"{why}, waiting {state.next_action.sleep if state.next_action else 0:.0f} s")
+
     def _recover(self) -> None:
         """Take up the part that is on disk, if it is one of the content that is wanted now."""
         if not unfinished_bytes(self._file):
@@ -114,6 +123,7 @@ class FileFetch:
     def _try(self) -> None:
         """One request, from where the part ends to the end of the file."""
         self._check_stop()
+        self._waiting("")
         if self._length and self._length == self._file.size:
             self._verify()
             return

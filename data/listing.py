@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ def check_names(names: Sequence[str], data: DataConfig) -> None:
             near = difflib.get_close_matches(name, data.sources, n=1, cutoff=0.5)
             hint = f"Did you mean {near[0]!r}?" if near else f"Sources are: {', '.join(data.sources)}."
             raise UserError(f"There is no source {name!r} under data.sources. {hint}")
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise UserError(f"The source {name!r} needs a name that can be a folder's: letters, digits, and . _ + -")
 
 
 def report(name: str, done: Downloaded) -> None:

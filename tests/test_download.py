@@ -30,6 +30,7 @@ from data.download import Downloaded, download_source, downloaded_sources
 from data.fetch import FileFetch
 from data.hub import stream
 from data.sources import Job
+from data.transport import parallel
 from data.transport.notes import Fetched, RemoteFile
 from data.transport.remote import RemoteStream
 from data.transport.retry import FetchError, retry_after
@@ -99,7 +100,8 @@ class TestFileFetch:
 
             def run(**known: Any) -> Fetched:
                 file = RemoteFile(f"{hub.endpoint}/datasets/owner/file/resolve/main/file.bin", self.path, **known)
-                return FileFetch(client, file, first_wait=0.01).run()
+                self.waits: list[str] = []
+                return FileFetch(client, file, first_wait=0.01, waiting=self.waits.append).run()
 
             yield run
 
@@ -148,6 +150,8 @@ class TestFileFetch:
         ]
         fetch(**self.right())
         assert self.path.read_bytes() == BODY
+        assert [why for why in self.waits if why] == ["503, waiting 0 s", "429, waiting 0 s", "502, waiting 0 s"]
+        assert self.waits[-1] == ""
 
     def test_retry_after_is_waited_for(self, fetch: Callable[..., Fetched], hub: HubServer) -> None:
         hub.misbehave["file.bin"] = [Answer(status=503, headers={"Retry-After": "1"})]
@@ -487,6 +491,15 @@ class TestHub:
         assert len(documents(config)) == 400
         assert download(config, force=True).manifest.documents == 249
         assert downloaded_sources(Path(config.data.raw_dir))[0][1] is not None
+
+    def test_a_line_now_and_then_where_there_is_no_terminal(
+        self, hub: HubServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(parallel, "SECONDS_BETWEEN_LINES", 0.0)
+        download(hub_config())
+        lines = capsys.readouterr().err.splitlines()
+        assert lines and all(line.startswith("tinystories: ") for line in lines)
+        assert lines[-1].endswith("2 of 2 files")
 
     def test_names_that_lead_out_of_the_folder_are_refused(self, hub: HubServer) -> None:
         hub.repos["owner/evil"] = Repo({"main": {"../../train.parquet": parquet(stories(2))}})

@@ -492,6 +492,11 @@ class TestCommand:
         error = capsys.readouterr().err
         assert error.startswith("error: There is no source 'smaple'") and "'sample'" in error
 
+    def test_a_name_that_is_no_folder(self, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run_here("../up", "data.sources={../up: {kind: sample}}") == 1
+        assert "'../up' needs a name that can be a folder's" in capsys.readouterr().err
+        assert list(corpus.iterdir()) == []
+
     def test_settings_are_handed_to_the_next_command(self, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (corpus / "a.txt").write_text("some text")
         assert run_here("my-files", 'data.sources.my-files.paths=["a.txt"]') == 0

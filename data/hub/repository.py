@@ -17,7 +17,7 @@ from data.transport.retry import LONGEST_WAIT, PASSING, TIMEOUT, retry_after
 CONVERTED = "refs/convert/parquet"
 """The branch on which the hub keeps a Parquet copy of many data sets, as `subset/split/0000.parquet`."""
 
-TRIES = 5
+TRIES = 4
 
 Answer = TypeVar("Answer")
 

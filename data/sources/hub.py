@@ -37,9 +37,11 @@ def download(name: str, config: HubSourceConfig, folder: Path, job: Job) -> RawM
     """Fetch the files of the split into `folder` as they are published; or, streaming, store its first rows."""
     quarantined: dict[str, int] = {}
     with Hub() as hub:
+        asking = job.progress.add_task(f"{name}: asking {hub.endpoint.partition('//')[2]}", total=None)
         repository, files = _find(hub, config)
         try:
             _check_column(name, config, hub, repository, files[0])
+            job.progress.remove_task(asking)
             if config.streaming:
                 writer = stream_documents(name, config, folder, job, hub, repository, files)
                 bad = writer.quarantine

@@ -117,14 +117,18 @@ class _Transfer:
 
     def _fetch(self, file: RemoteFile) -> Fetched:
         present = present_bytes(file)
-        task = self._progress.add_task(f"  {_short(file.path)}", total=file.size, completed=present)
+        name = f"  {_short(file.path)}"
+        task = self._progress.add_task(name, total=file.size, completed=present)
 
         def advance(count: int) -> None:
             self._progress.advance(task, count)
             self._progress.advance(self._task, count)
 
+        def waiting(why: str) -> None:
+            self._progress.update(task, description=f"{name} ({why})" if why else name)
+
         try:
-            return FileFetch(self._client, file, advance, self._stop, self._first_wait).run()
+            return FileFetch(self._client, file, advance, self._stop, self._first_wait, waiting).run()
         finally:
             self._progress.remove_task(task)
 
@@ -136,4 +140,6 @@ class _Transfer:
 
 
 def _short(path: Path) -> str:
-    return path.name if len(path.name) <= 40 else f"...{path.name[-37:]}"
+    """A name for the bar: the end of the file's name before its suffixes, where its number stands."""
+    stem = path.name.split(".")[0]
+    return stem if len(stem) <= 20 else f"...{stem[-17:]}"
