@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from config.errors import UserError
-from data.tokenization.special import ASSISTANT, END, SYSTEM, USER, split_special
+from data.tokenization.special import ASSISTANT, END, END_OF_TEXT, SYSTEM, USER, split_special
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -157,8 +157,8 @@ def _render(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: boo
         return _compiled(tokenizer.chat_template).render(
             messages=[dict(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
-            bos_token="<|endoftext|>",
-            eos_token="<|endoftext|>",
+            bos_token=END_OF_TEXT,
+            eos_token=END_OF_TEXT,
         )
     except TemplateError as error:
         raise UserError(f"The chat template refuses the messages: {error}.") from error

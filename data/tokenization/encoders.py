@@ -44,7 +44,7 @@ def choose_encoder(backend: Backend, wanted: str) -> tuple[str, EncodeBatch]:
     for name, make in candidates.items():
         if wanted not in ("auto", name):
             continue
-        encode_batch, failure = _checked(backend, make)
+        encode_batch, failure = checked(backend, make)
         if encode_batch is not None:
             _warn(failures, name)
             return name, encode_batch
@@ -65,7 +65,7 @@ def _warn(failures: list[str], chosen: str) -> None:
         logger.warning("Encoding with %s: %s.", chosen, "; ".join(failures))
 
 
-def _checked(backend: Backend, make: Callable[[Backend], EncodeBatch]) -> tuple[EncodeBatch | None, str]:
+def checked(backend: Backend, make: Callable[[Backend], EncodeBatch]) -> tuple[EncodeBatch | None, str]:
     """The encoder that `make` makes, if its ids are the reference's; else None and what is wrong with it."""
     probes = probe_texts()
     try:

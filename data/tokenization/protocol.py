@@ -94,8 +94,8 @@ class Backend(Protocol):
         """Content of that file."""
 
     @property
-    def tokenizer_class(self) -> str:
-        """Class that loads it in `transformers`."""
+    def tokenizer_class(self) -> str | None:
+        """Class of `transformers` that reads the file and gives the same ids, if there is one."""
 
     def encode(self, text: str) -> list[int]:
         """Ids by the reference library; text that spells a special token is text."""

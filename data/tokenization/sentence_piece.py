@@ -33,7 +33,7 @@ class SentencePiece:
     """A trained SentencePiece model; `serialized` is a `tokenizer.model`."""
 
     file_name = "tokenizer.model"
-    tokenizer_class = "LlamaTokenizer"
+    tokenizer_class = None
 
     def __init__(self, kind: Kind, serialized: bytes) -> None:
         import sentencepiece

@@ -49,7 +49,7 @@ class SubwordTokenizer:
     ) -> None:
         self.chat_template = chat_template
         self.special_tokens: Mapping[str, int] = MappingProxyType(dict(special_tokens))
-        self._backend = backend
+        self.backend = backend
         self._wanted_encoder = encoder
         self._settings = settings
         self._directory: Path | None = None
@@ -70,13 +70,13 @@ class SubwordTokenizer:
 
     def save(self, directory: Path) -> None:
         manifest = TokenizerManifest(
-            kind=self._backend.kind,
+            kind=self.backend.kind,
             vocab_size=self.vocab_size,
             special_tokens=dict(self.special_tokens),
             fingerprint=self.fingerprint,
         )
         files = {
-            self._backend.file_name: self._backend.serialized,
+            self.backend.file_name: self.backend.serialized,
             TOKENIZER_CONFIG: _json(self._huggingface_config()),
             SETTINGS: yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True, width=120).encode(),
             MANIFEST: _json(manifest.model_dump()),
@@ -87,12 +87,12 @@ class SubwordTokenizer:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         if self._directory is not None:
             return SubwordTokenizer.load, (self._directory, self._wanted_encoder, self.fingerprint)
-        arguments = (self._backend.kind, self._backend.serialized, dict(self.special_tokens))
+        arguments = (self.backend.kind, self.backend.serialized, dict(self.special_tokens))
         return _restore, (*arguments, self.chat_template, self._wanted_encoder, self._settings)
 
     @property
     def vocab_size(self) -> int:
-        return len(self._backend.pieces)
+        return len(self.backend.pieces)
 
     @property
     def end_of_text_id(self) -> int:
@@ -104,7 +104,7 @@ class SubwordTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        return self._backend.fingerprint
+        return self.backend.fingerprint
 
     @property
     def encoder(self) -> str:
@@ -114,21 +114,21 @@ class SubwordTokenizer:
     def _fast(self) -> tuple[str, Callable[[Sequence[str]], list[NDArray[np.uint32]]]]:
         from data.tokenization.encoders import choose_encoder
 
-        return choose_encoder(self._backend, self._wanted_encoder)
+        return choose_encoder(self.backend, self._wanted_encoder)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         _check_unicode([text])
         if not allow_special:
-            return self._backend.encode(text)
+            return self.backend.encode(text)
         ids: list[int] = []
         for part in split_special(text, self.special_tokens):
-            ids += [part] if isinstance(part, int) else self._backend.encode(part)
+            ids += [part] if isinstance(part, int) else self.backend.encode(part)
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         try:
             return self._fast[1](texts)
-        except (UnicodeError, TypeError):
+        except Exception:  # each library has its own for text that is no Unicode
             _check_unicode(texts)
             raise
 
@@ -138,7 +138,7 @@ class SubwordTokenizer:
     def decode_bytes(
         self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_special_tokens: bool = False
     ) -> bytes:
-        pieces = self._backend.pieces if skip_special_tokens else self._all_pieces
+        pieces = self.backend.pieces if skip_special_tokens else self._all_pieces
         unknown = [int(index) for index in ids if not 0 <= index < len(pieces)]
         if unknown:
             raise ValueError(f"there is no token {unknown[0]} in a vocabulary of {len(pieces)}")
@@ -146,19 +146,18 @@ class SubwordTokenizer:
 
     @cached_property
     def _all_pieces(self) -> list[bytes]:
-        pieces = list(self._backend.pieces)
+        pieces = list(self.backend.pieces)
         for name, index in self.special_tokens.items():
             pieces[index] = name.encode()
         return pieces
 
     def token_bytes(self) -> NDArray[np.int32]:
-        return np.array([len(piece) for piece in self._backend.pieces], dtype=np.int32)
+        return np.array([len(piece) for piece in self.backend.pieces], dtype=np.int32)
 
     def _huggingface_config(self) -> dict[str, Any]:
         """What `transformers` reads beside the model's file."""
         others = [name for name in self.special_tokens if name not in (END_OF_TEXT, PAD)]
-        config = {
-            "tokenizer_class": self._backend.tokenizer_class,
+        config: dict[str, Any] = {
             "bos_token": END_OF_TEXT,
             "eos_token": END_OF_TEXT,
             "pad_token": PAD if PAD in self.special_tokens else END_OF_TEXT,
@@ -167,7 +166,8 @@ class SubwordTokenizer:
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
         }
-        return config if self.chat_template is None else config | {"chat_template": self.chat_template}
+        optional = {"tokenizer_class": self.backend.tokenizer_class, "chat_template": self.chat_template}
+        return config | {key: value for key, value in optional.items() if value is not None}
 
 
 def _backend(kind: Kind, serialized: bytes, origin: Path | str) -> Backend:

@@ -1,0 +1,97 @@
+"""How fast each library encodes the downloaded documents, and whether its ids are the reference library's.
+
+    python benchmarks/tokenizer.py                       # on the sources in data.use
+    python benchmarks/tokenizer.py data.tokenizer.vocab_size=32768 data.tokenizer.pattern=llama3
+
+A tokenizer of each kind is trained on the documents. Then every encoder for it encodes all of them in turn, round after
+round, in batches of 1,000 documents. Reported are megabytes of text per core-second: of the first round, when caches
+are empty, and the median of the others.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from config.command import Overrides, Recipe, resolve, run
+
+if TYPE_CHECKING:
+    from config.schema import Config, TokenizerConfig
+    from data.tokenization.encoders import EncodeBatch
+
+BATCH = 1000
+Rounds = Annotated[int, typer.Option(help="Timed passes over the documents, after the first.", min=1)]
+
+
+def benchmark(overrides: Overrides = None, recipe: Recipe = None, rounds: Rounds = 3) -> None:
+    """Measure the encoders of every kind of tokenizer side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    config = resolve(recipe, overrides)
+    texts = _texts(config)
+    size = sum(len(text.encode()) for text in texts)
+    settings = config.data.tokenizer
+    print(
+        f"{len(texts):,} documents, {size / 1e6:.1f} MB; vocabulary {settings.vocab_size:,}, pattern {settings.pattern}"
+    )
+    table = Table("kind", "encoder")
+    for heading in ("first MB/core-s", "later MB/core-s", "ids"):
+        table.add_column(heading, justify="right")
+    for kind in ("bpe", "sentencepiece-bpe", "sentencepiece-unigram"):
+        for row in _measure(texts, settings.model_copy(update={"kind": kind}), rounds):
+            table.add_row(kind, *row)
+    Console(width=120).print(table)
+
+
+def _texts(config: Config) -> list[str]:
+    from data.documents import Document, read_documents
+
+    data = config.data
+    return [
+        record.text
+        for name in data.use
+        for record in read_documents(Path(data.raw_dir) / name, data.sources[name], name)
+        if isinstance(record, Document)
+    ]
+
+
+def _measure(texts: list[str], config: TokenizerConfig, rounds: int) -> list[tuple[str, str, str, str]]:
+    """One row per encoder: its name, the two rates, and how its ids compare with the reference's."""
+    import numpy as np
+
+    from data.tokenization.encoders import CANDIDATES, checked, reference_name
+    from data.tokenization.training import train
+
+    backend = train(iter(texts), config).backend
+    encoders: dict[str, EncodeBatch] = {reference_name(backend): backend.encode_batch}
+    notes = {reference_name(backend): "reference"}
+    for name, make in CANDIDATES.get(config.kind, {}).items():
+        encoders[name] = make(backend)
+        failure = checked(backend, make)[1]
+        notes[name] = "equal here, fails the self-check" if failure else "equal"
+    rates: dict[str, list[float]] = {name: [] for name in encoders}
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    expected = None
+    for _ in range(rounds + 1):
+        for name, encode_batch in encoders.items():
+            start = time.process_time()
+            rows = [ids for first in range(0, len(texts), BATCH) for ids in encode_batch(texts[first : first + BATCH])]
+            rates[name].append(megabytes / (time.process_time() - start))
+            expected = expected or rows
+            if not all(map(np.array_equal, rows, expected)):
+                notes[name] = "different"
+    return [(name, f"{rate[0]:.1f}", f"{statistics.median(rate[1:]):.1f}", notes[name]) for name, rate in rates.items()]
+
+
+def main() -> None:
+    """Run the benchmark."""
+    run(benchmark)
+
+
+if __name__ == "__main__":
+    main()
