@@ -143,6 +143,7 @@ def evaluate_tokens(
         for inputs, wanted, block in _batches(
             reader, block_ends, _windows(targets, context_length, stride)[rank::world_size], context_length, batch_size
         ):
+            scored_now = int((wanted != IGNORED).sum())
             inputs, wanted, block = (part.to(device, non_blocking=True) for part in (inputs, wanted, block))
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 logits = model(inputs)[:, -wanted.shape[1] :]
@@ -154,7 +155,7 @@ def evaluate_tokens(
             rows = torch.stack([losses, scored.to(precise), losses * (size > 0), size.to(precise)], dim=1)
             sums.index_add_(0, block.flatten(), rows)
             if advance is not None:
-                advance(int(block.shape[0]) * stride)
+                advance(scored_now)
     finally:
         model.train(was_training)
     if world_size > 1:

@@ -15,7 +15,7 @@ What a sequence draws depends on its own tokens, settings and seed, not on what 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -118,7 +118,7 @@ class Engine:
             number=self._submitted,
             request=request,
             ids=ids,
-            detokenizer=Detokenizer(self._tokenizer, ids),
+            detokenizer=Detokenizer(self._tokenizer),
             stops=StopStrings(request.stop),
             stop_tokens=frozenset((self._tokenizer.end_of_text_id, *request.stop_tokens)),
         )
@@ -139,7 +139,7 @@ class Engine:
                 self._release(sequence)
                 return
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Piece]:
+    def generate(self, requests: Sequence[Request]) -> Generator[Piece, None, None]:
         """Submit `requests` and yield their pieces as they come; `Piece.sequence` is the index into `requests`.
 
         Closing the iterator cancels what is unfinished.
@@ -266,24 +266,3 @@ class Engine:
             self._cache.copy_row(last, row)
             self._running[row] = self._running[last]
         self._running.pop()
-
-
-def sample_text(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    seed: int,
-    sampling: SamplingSettings = SamplingSettings(temperature=0.8, top_p=0.95),
-) -> str:
-    """`prompt` and one continuation, for a look at a model in training.
-
-    Leaves the model in the mode it was in, and touches no random generator.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        request = Request(tokenizer.encode(prompt), max_new_tokens, sampling, seed)
-        return prompt + "".join(piece.text for piece in Engine(model, tokenizer).generate([request]))
-    finally:
-        model.train(was_training)

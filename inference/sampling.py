@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 GREEDY_BELOW = 1e-6  # a temperature under this takes the likeliest token; dividing by less would overflow
-_NUCLEUS_CANDIDATES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +107,11 @@ def keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
     vocab_size = logits.shape[-1]
     every = p >= 1.0
     probabilities = logits.softmax(dim=-1)
-    candidates = min(_NUCLEUS_CANDIDATES, vocab_size)
-    if logits.device.type == "cpu" and candidates < vocab_size:
-        # Sorting a whole vocabulary is the slowest step of all on a CPU, and the nucleus nearly always is small.
-        ranked = probabilities.topk(candidates, dim=-1).values
-        if not bool(((ranked.sum(dim=-1) > p) | every).all()):
-            ranked = probabilities.sort(dim=-1, descending=True).values
-    else:
-        ranked = probabilities.sort(dim=-1, descending=True).values
+    # Sorting a whole vocabulary is the slowest step of all on a CPU, and the nucleus nearly always is small.
+    for count in (512, 4096, vocab_size) if logits.device.type == "cpu" else (vocab_size,):
+        ranked = probabilities.topk(min(count, vocab_size), dim=-1).values
+        if count >= vocab_size or bool(((ranked.sum(dim=-1) > p) | every).all()):
+            break
     mass = ranked.cumsum(dim=-1, dtype=torch.float64)
     likelier = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1)
     smallest_kept = ranked.masked_fill(likelier >= p[:, None], torch.inf).amin(dim=-1, keepdim=True)

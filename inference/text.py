@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,43 +10,23 @@ if TYPE_CHECKING:
     from data.tokenization import Tokenizer
 
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for bytes that are not (yet) a character
-
-
 class Detokenizer:
-    """Text of tokens as they come, so that the pieces joined are the text of all of them after their context.
+    """Text of tokens as they come: whole characters, each as soon as its last byte is there.
 
-    Decoding token by token would break characters that span tokens, and with SentencePiece lose spaces. So each step
-    decodes from the last clean border but one, and text that ends inside a character waits for the next token.
+    Bytes that can be no character become U+FFFD, as `Tokenizer.decode` gives them. Special tokens have no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(context[-8:])
-        self._clean = len(self._ids)
+        self._decoder = getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
         """Add one token; return the text that is certain now, maybe nothing."""
-        self._ids.append(token)
-        text = self._pending()
-        if not text or text.endswith(REPLACEMENT):
-            return ""
-        self._ids = self._ids[self._clean :]
-        self._clean = len(self._ids)
-        return text
+        return self._decoder.decode(self._tokenizer.decode_bytes([token], skip_special_tokens=True))
 
     def flush(self) -> str:
-        """The rest, where incomplete characters are U+FFFD."""
-        text = self._pending()
-        self._ids, self._clean = [], 0
-        return text
-
-    def _pending(self) -> str:
-        known = self._decode(self._ids[: self._clean])
-        return self._decode(self._ids)[len(known) :]
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+        """The rest, when no more tokens come: U+FFFD for a character that was not finished."""
+        return self._decoder.decode(b"", final=True)
 
 
 class StopStrings:

@@ -1,0 +1,179 @@
+"""Talking to a model at the terminal: line by line, with commands, history, and a conversation where it can chat."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from config.errors import UserError
+from config.load import config_from_dict
+from inference.engine import Engine
+from inference.prompting import Message, chat_prompt, chat_stop_tokens, make_requests, seed_of
+from inference.terminal import Printer, Samples
+
+if TYPE_CHECKING:
+    from config.schema import Config, GenerationConfig
+    from data.tokenization import Tokenizer
+    from model.transformer import Transformer
+
+HELP = """\
+Type a text and press Enter: the model {does}. Alt-Enter begins a new line.
+  /set              show the settings
+  /set KEY VALUE    change one, such as: /set temperature 0.7   /set stop ["END"]   /set seed null
+  /reset            {forgets}go back to the settings of the start
+  /help             this page
+Ctrl-C stops a text that is being written. Ctrl-D leaves. A text that begins with / needs a space before it.
+"""
+
+
+class Session:
+    """What the interactive mode remembers: settings and, with `chat`, the conversation."""
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, config: Config, chat: bool, printer: Printer, slots: int
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._start = self._config = config
+        self._chat = chat
+        self._printer = printer
+        self._slots = slots
+        self._messages: list[Message] = []
+
+    @property
+    def settings(self) -> GenerationConfig:
+        """The generation settings as they are now."""
+        return self._config.generation
+
+    def handle(self, line: str) -> None:
+        """Obey a command, or answer a text. A mistake in a command is printed."""
+        if not line.strip():
+            return
+        if not line.startswith("/"):
+            self._answer(line)
+            return
+        try:
+            self._obey(line)
+        except UserError as error:
+            self._say(f"{error}\n")
+
+    def _obey(self, line: str) -> None:
+        command, _, rest = line.partition(" ")
+        if command == "/help":
+            does, forgets = ("answers", "forget the conversation, and ") if self._chat else ("continues it", "")
+            self._say(HELP.format(does=does, forgets=forgets))
+        elif command == "/reset":
+            self._config, self._messages = self._start, []
+            self._say("Reset.\n")
+        elif command == "/set" and rest.strip():
+            self._set(rest.strip())
+        elif command == "/set":
+            for key, value in self.settings.model_dump().items():
+                self._say(f"{key} = {value!r}\n")
+        else:
+            raise UserError(f"There is no command {command}. /help lists them.")
+
+    def _set(self, text: str) -> None:
+        key, _, value = text.replace("=", " ", 1).partition(" ")
+        try:
+            parsed: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"The value of {key} is not valid: {value.strip()}") from error
+        tree = self._config.model_dump()
+        tree["generation"] = {**tree["generation"], key: parsed}
+        self._config = config_from_dict(tree, "/set")
+        self._say(f"{key} = {getattr(self.settings, key)!r}\n")
+
+    def _answer(self, text: str) -> None:
+        settings, context = self.settings, self._model.config.context_length
+        stop_tokens: list[int] = []
+        if self._chat:
+            self._messages.append({"role": "user", "content": text})
+            settings = settings.model_copy(update={"num_samples": 1})
+            room = min(settings.max_new_tokens, context // 2)
+            prompt, dropped = chat_prompt(self._tokenizer, self._messages, context, room)
+            if dropped:
+                self._messages = self._messages[dropped:]
+                self._say(f"(the conversation is longer than the model's context: the oldest {dropped} messages go)\n")
+            stop_tokens = chat_stop_tokens(self._tokenizer)
+        else:
+            prompt = self._tokenizer.encode(text.removeprefix(" ") if text.startswith(" /") else text)
+        requests = make_requests(settings, prompt, seed_of(settings), stop_tokens)
+        samples = Samples(len(requests), self._printer, lambda sample: self._begin(sample, len(requests)))
+        pieces = Engine(self._model, self._tokenizer, min(self._slots, len(requests))).generate(requests)
+        try:
+            samples.show(pieces)
+        except KeyboardInterrupt:
+            self._printer.end_line()
+        if self._chat:
+            self._messages.append({"role": "assistant", "content": samples.texts[0]})
+
+    def _begin(self, sample: int, count: int) -> None:
+        if count > 1:
+            self._say(f"--- sample {sample + 1} ---\n")
+
+    def _say(self, text: str) -> None:
+        self._printer.write(text)
+
+
+def talk(session: Session, printer: Printer) -> None:
+    """Read lines and handle them until the end of the input: with editing and history at a terminal, else plainly."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        for line in sys.stdin:
+            session.handle(line.rstrip("\r\n"))
+        return
+    read = _line_editor()
+    while True:
+        try:
+            line = read()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+        try:
+            session.handle(line)
+        except KeyboardInterrupt:
+            printer.end_line()
+
+
+def _line_editor() -> Callable[[], str]:
+    """A function that reads a line at the terminal, with the lines of earlier sessions at the arrow keys."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    path = history_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        history: FileHistory | InMemoryHistory = FileHistory(path)
+    except OSError:
+        history = InMemoryHistory()
+    session: PromptSession[str] = PromptSession(
+        "quern> ",
+        history=history,
+        auto_suggest=AutoSuggestFromHistory(),
+        key_bindings=keys,
+        completer=WordCompleter(["/help", "/set", "/reset"], sentence=True),
+        complete_while_typing=False,
+    )
+    return session.prompt
+
+
+def history_file() -> Path:
+    """Where the lines typed in the interactive mode are kept: the user's state folder, as the XDG standard has it."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "quern" / "generate_history"

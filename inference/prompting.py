@@ -1,0 +1,80 @@
+"""From what a person asks to what the engine runs: requests by the generation settings, and the prompts of a chat."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from config.schema import GenerationConfig
+from data.tokenization.chat import encode_messages
+from data.tokenization.special import END
+from inference.engine import Engine, Request
+from inference.sampling import SamplingSettings
+
+if TYPE_CHECKING:
+    from data.tokenization import Tokenizer
+    from model.transformer import Transformer
+
+Message = Mapping[str, str]  # "role" (system, user or assistant) and "content"
+
+
+def make_requests(
+    settings: GenerationConfig, prompt: Sequence[int], seed: int, stop_tokens: Sequence[int] = ()
+) -> list[Request]:
+    """A request for each of `settings.num_samples` samples of one prompt; their seeds are seed, seed + 1 and so on."""
+    sampling = SamplingSettings(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+    )
+    return [
+        Request(prompt, settings.max_new_tokens, sampling, seed + sample, tuple(settings.stop), tuple(stop_tokens))
+        for sample in range(settings.num_samples)
+    ]
+
+
+def seed_of(settings: GenerationConfig) -> int:
+    """The seed that is set, or a new one; no random generator of the program is touched."""
+    return secrets.randbits(31) if settings.seed is None else settings.seed
+
+
+def chat_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Message], context_length: int, room: int
+) -> tuple[list[int], int]:
+    """The tokens that ask for the next answer, and how many of the oldest messages had to be left out.
+
+    Messages are left out, a system message last, until `room` tokens remain for the answer or only the newest message
+    is left. Raises `UserError` where the tokenizer has no chat template.
+    """
+    system, turns = list(messages[:1]), list(messages[1:])
+    if messages[0]["role"] != "system":
+        system, turns = [], list(messages)
+    while True:
+        ids, _ = encode_messages(tokenizer, [*system, *turns], add_generation_prompt=True)
+        if len(ids) + room <= context_length or len(turns) <= 1:
+            return ids, len(messages) - len(system) - len(turns)
+        turns = turns[2:] if len(turns) > 2 else turns[1:]
+
+
+def chat_stop_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end an answer."""
+    return [tokenizer.special_tokens[END]] if END in tokenizer.special_tokens else []
+
+
+def sample_text(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, settings: GenerationConfig, seed: int = 0
+) -> str:
+    """`prompt` and one continuation, for a look at a model in training.
+
+    Leaves the model in the mode it was in, and touches no random generator.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        request = make_requests(settings, tokenizer.encode(prompt), seed)[0]
+        return prompt + "".join(piece.text for piece in Engine(model, tokenizer).generate([request]))
+    finally:
+        model.train(was_training)

@@ -1,0 +1,184 @@
+"""Command: let a checkpoint write."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from config.command import Overrides, PrintConfig, Recipe, resolve, run
+from config.errors import UserError
+
+if TYPE_CHECKING:
+    from config.schema import Config
+    from data.tokenization import Tokenizer
+    from model.transformer import Transformer
+
+SLOTS = 16  # samples that are generated together; more of them wait
+
+Prompt = Annotated[
+    str | None, typer.Option("--prompt", metavar="TEXT", help="The text to continue. Without one: interactive.")
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option("--prompt-file", metavar="FILE|-", help="Read the prompt from a file, or from standard input (-)."),
+]
+Checkpoint = Annotated[
+    str, typer.Option("--checkpoint", metavar="PATH|latest", help="A checkpoint, a folder of them, or the latest.")
+]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token; higher is more daring.")]
+TopK = Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens; 0 means all.")]
+TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total probability.")]
+MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
+Penalty = Annotated[float | None, typer.Option(help="Above 1 makes tokens already present less likely.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="The most tokens to write.")]
+NumSamples = Annotated[int | None, typer.Option(help="How many continuations to write.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End where this appears; may be repeated.")]
+Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to run.")]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Treat prompts as chat messages; by default as the model was trained."),
+]
+
+
+def generate(
+    overrides: Overrides = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    checkpoint: Checkpoint = "latest",
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    max_new_tokens: MaxNewTokens = None,
+    num_samples: NumSamples = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    device: Device = None,
+    chat: Chat = None,
+    recipe: Recipe = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Let a checkpoint continue a prompt, or talk to it line by line.
+
+    With --prompt the text is written to the terminal as it comes. Without it every
+    line you type is continued (or answered, where the model was fine-tuned on
+    messages); /help lists what else can be typed, Ctrl-D leaves.
+    """
+    options = {
+        "generation.temperature": temperature,
+        "generation.top_k": top_k,
+        "generation.top_p": top_p,
+        "generation.min_p": min_p,
+        "generation.repetition_penalty": repetition_penalty,
+        "generation.max_new_tokens": max_new_tokens,
+        "generation.num_samples": num_samples,
+        "generation.seed": seed,
+        "training.device": device,
+    }
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    config = resolve(recipe, [*(overrides or []), *given], print_config)
+    if stop:
+        config = config.model_copy(update={"generation": config.generation.model_copy(update={"stop": stop})})
+    text = _read_prompt(prompt, prompt_file)
+    from training.environment import calm_threads
+
+    calm_threads()
+    model, tokenizer, is_chat = _load(config, checkpoint)
+    chat = is_chat if chat is None else chat
+    if text is not None:
+        _write(config, model, tokenizer, text, chat)
+        return
+    from inference.interactive import Session, talk
+    from inference.terminal import Printer
+
+    printer = Printer(sys.stdout)
+    if sys.stdin.isatty():
+        name = f"{model.num_parameters() / 1e6:,.1f}M parameters, context {model.config.context_length:,} tokens"
+        print(f"{name}. Type a text; /help for help, Ctrl-D to leave.", file=sys.stderr)
+    talk(Session(model, tokenizer, config, chat, printer, SLOTS), printer)
+
+
+def _read_prompt(prompt: str | None, path: Path | None) -> str | None:
+    """The prompt of the command line, without the newline that ends a file."""
+    if path is None:
+        return prompt
+    if prompt is not None:
+        raise UserError("Give --prompt or --prompt-file, not both.")
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompt in {path} is not UTF-8 text (byte {error.start:,}).") from error
+    except OSError as error:
+        raise UserError(f"{path} is not a file that can be read. Give --prompt-file a text file, or -.") from error
+
+
+def _load(config: Config, checkpoint: str) -> tuple[Transformer, Tokenizer, bool]:
+    """The model, its tokenizer, and whether it was fine-tuned on messages."""
+    from data.tokenization.matching import matching_tokenizer
+    from model.checkpoint import load_model, resolve_checkpoint
+    from training.distributed import choose_device
+    from training.precision import Precision
+
+    path = resolve_checkpoint(checkpoint, Path(config.training.checkpoint_dir))
+    device = choose_device(config.training.device)
+    # On a CPU the weights stay as they are: smaller ones gain little there, and would change what a seed gives.
+    exact = device.type == "cpu" and config.training.precision == "auto"
+    model, info = load_model(path, device, Precision("fp32" if exact else config.training.precision, device).dtype)
+    places = [config.data.tokenizer_dir, info.config["data"]["tokenizer_dir"]]
+    tokenizer = matching_tokenizer(info.tokenizer_fingerprint, [Path(place) for place in places])
+    return model, tokenizer, bool(info.finetuning and info.finetuning["format"] == "messages")
+
+
+def _write(config: Config, model: Transformer, tokenizer: Tokenizer, text: str, chat: bool) -> None:
+    """Stream the samples of one prompt to standard output, and what they took to standard error."""
+    from inference.engine import Engine
+    from inference.prompting import chat_prompt, chat_stop_tokens, make_requests, seed_of
+    from inference.terminal import Printer, Samples
+
+    settings, context = config.generation, model.config.context_length
+    stop_tokens: list[int] = []
+    if chat:
+        ids, _ = chat_prompt(tokenizer, [{"role": "user", "content": text}], context, 0)
+        stop_tokens = chat_stop_tokens(tokenizer)
+    else:
+        ids = tokenizer.encode(text)
+    if len(ids) > context:
+        print(
+            f"note: the prompt has {len(ids):,} tokens, the model sees {context:,} at once: the beginning is cut off.",
+            file=sys.stderr,
+        )
+    seed = seed_of(settings)
+    requests = make_requests(settings, ids, seed, stop_tokens)
+    printer = Printer(sys.stdout)
+
+    def begin(sample: int) -> None:
+        if len(requests) > 1:
+            printer.write(f"--- sample {sample + 1}, seed {seed + sample} ---\n")
+        printer.write("" if chat else text)
+
+    engine = Engine(model, tokenizer, min(SLOTS, len(requests)))
+    samples = Samples(len(requests), printer, begin)
+    started = time.monotonic()
+    samples.show(engine.generate(requests))
+    seconds = time.monotonic() - started
+    print(
+        f"{samples.tokens:,} tokens in {seconds:.1f} s ({samples.tokens / seconds:,.0f} a second), seed {seed}. "
+        "Next: python scripts/generate.py to try more, python scripts/finetune.py --help to teach it.",
+        file=sys.stderr,
+    )
+
+
+def main() -> None:
+    """Run the command."""
+    run(generate)
+
+
+if __name__ == "__main__":
+    main()

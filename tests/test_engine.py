@@ -1,0 +1,265 @@
+"""The engine: a cache that changes nothing, batches that change nothing, and text that ends where it should."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config.errors import UserError
+from config.load import load_config, with_vocab_size
+from inference.engine import Engine, Request
+from inference.prompting import make_requests, sample_text
+from inference.sampling import BatchSettings, SamplingSettings, as_int64, choose
+from inference.text import Detokenizer, StopStrings
+from model.transformer import Transformer
+from tests.workspace import LIVELY, SMALL, TEXTS, small_tokenizer
+
+TOKENIZER = small_tokenizer()
+CONTEXT = 32
+KINDS = {
+    "rope, grouped queries": ["model.n_heads=4", "model.n_kv_heads=2"],
+    "as GPT-2": ["model.position=learned", "model.norm=layernorm", "model.activation=gelu", "model.bias=true"]
+    + ["model.tie_embeddings=true", "model.qk_norm=false"],
+}
+
+
+def make_model(kind: str) -> Transformer:
+    config = with_vocab_size(load_config([], [*SMALL, *LIVELY, *KINDS[kind]]), TOKENIZER.vocab_size)
+    return Transformer(config.model).eval()
+
+
+MODELS = {kind: make_model(kind) for kind in KINDS}
+MODEL = MODELS["rope, grouped queries"]
+LONG = TOKENIZER.encode(TEXTS[0] + TEXTS[1])
+
+
+def run(requests: Sequence[Request], slots: int = 1, model: Transformer = MODEL) -> list[tuple[list[int], str, Any]]:
+    """Tokens, text and finish of every request."""
+    results: list[tuple[list[int], str, Any]] = [([], "", None) for _ in requests]
+    for piece in Engine(model, TOKENIZER, slots).generate(requests):
+        tokens, text, finish = results[piece.sequence]
+        assert finish is None, "a piece after the last one"
+        results[piece.sequence] = ([*tokens, piece.token], text + piece.text, piece.finish)
+    return results
+
+
+def uncached(model: Transformer, request: Request) -> list[int]:
+    """The tokens of `request` from whole forward passes over the window, up to the end of text."""
+    ids = list(request.prompt)
+    batch = BatchSettings([request.sampling])
+    for step in range(request.max_new_tokens):
+        start = 0
+        while len(ids) - start > CONTEXT:
+            start += CONTEXT // 2
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[start:]]))[:, -1]
+        present = torch.zeros_like(logits, dtype=torch.bool)
+        present[0, ids] = True
+        token = choose(logits, batch, present, torch.tensor([as_int64(request.seed)]), torch.tensor([step]))
+        ids.append(int(token))
+        if token == TOKENIZER.end_of_text_id:
+            break
+    return ids[len(request.prompt) :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 5, 31, 32, 33, 100])
+def test_cached_generation_equals_uncached_generation(kind: str, length: int) -> None:
+    """Prompts below, at and beyond the context of 32 tokens, and texts that outgrow it."""
+    for sampling in (SamplingSettings(temperature=0.0), SamplingSettings(0.9, 50, 0.95, 0.01, 1.2)):
+        request = Request(LONG[:length], 60, sampling, seed=length)
+        assert run([request], model=MODELS[kind])[0][0] == uncached(MODELS[kind], request)
+
+
+requests_of_all_kinds = st.builds(
+    Request,
+    prompt=st.integers(0, 40).map(lambda length: LONG[length : 2 * length]),
+    max_new_tokens=st.integers(1, 40),
+    sampling=st.builds(
+        SamplingSettings,
+        temperature=st.sampled_from([0.0, 0.7, 1.0, 2.0]),
+        top_k=st.sampled_from([0, 3, 50]),
+        top_p=st.sampled_from([0.5, 0.9, 1.0]),
+        min_p=st.sampled_from([0.0, 0.05]),
+        repetition_penalty=st.sampled_from([1.0, 1.5]),
+    ),
+    seed=st.integers(-(2**70), 2**70),
+    stop=st.lists(st.sampled_from(["e", "th", "\n", "х"]), max_size=2),
+    stop_tokens=st.lists(st.integers(0, 299), max_size=2),
+)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.lists(requests_of_all_kinds, min_size=1, max_size=6), st.integers(1, 4))
+def test_a_sequence_in_a_ragged_batch_equals_the_same_alone(requests: list[Request], slots: int) -> None:
+    assert run(requests, slots) == [run([request])[0] for request in requests]
+
+
+def test_samples_of_one_prompt_share_its_prefill_and_nothing_else() -> None:
+    sampling = SamplingSettings(temperature=1.5)
+    requests = [Request(LONG[:9], 20, sampling, seed) for seed in range(4)] + [Request(LONG[:4], 20, sampling, 1)]
+    prompts = 0
+    model = MODEL
+
+    def count(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal prompts
+        prompts += inputs[0].shape[0] if inputs[0].shape[1] > 1 else 0
+
+    handle = model.token_embedding.register_forward_pre_hook(count)
+    try:
+        together = run(requests, slots=5)
+    finally:
+        handle.remove()
+    assert prompts == 2
+    assert together == [run([request])[0] for request in requests]
+    assert len({text for _, text, _ in together}) == 5
+
+
+def test_requests_beyond_the_slots_wait_and_cancelled_ones_free_their_slot() -> None:
+    engine = Engine(MODEL, TOKENIZER, slots=2)
+    numbers = [engine.submit(Request(LONG[: 3 + n], 10, SamplingSettings(), n)) for n in range(4)]
+    assert {piece.sequence for piece in engine.step()} == set(numbers[:2])
+    engine.cancel(numbers[0])
+    pieces = engine.step()
+    assert {piece.sequence for piece in pieces} == set(numbers[1:3])
+    engine.cancel(numbers[3])
+    tokens: dict[int, list[int]] = {numbers[1]: [], numbers[2]: []}
+    while engine.busy:
+        for piece in engine.step():
+            tokens[piece.sequence].append(piece.token)
+    assert tokens[numbers[1]] == run([Request(LONG[:4], 10, SamplingSettings(), 1)])[0][0][2:]
+    assert tokens[numbers[2]] == run([Request(LONG[:5], 10, SamplingSettings(), 2)])[0][0][1:]
+
+
+def test_closing_the_iterator_cancels_the_rest() -> None:
+    engine = Engine(MODEL, TOKENIZER, slots=1)
+    pieces = engine.generate([Request(LONG[:5], 10), Request(LONG[:6], 10)])
+    next(pieces)
+    assert engine.busy
+    pieces.close()
+    assert not engine.busy
+
+
+def test_end_of_text_and_stop_tokens_end_a_sample_without_showing() -> None:
+    request = Request(LONG[:5], 3000, SamplingSettings(temperature=3.0), seed=1)
+    ((tokens, text, finish),) = run([request])
+    assert finish == "stop" and tokens.count(TOKENIZER.end_of_text_id) == 1
+    assert tokens[-1] == TOKENIZER.end_of_text_id
+    assert text == TOKENIZER.decode(tokens[:-1], skip_special_tokens=True)
+
+    other = next(token for token in tokens if TOKENIZER.token_bytes()[token] > 0)
+    ((stopped, text, finish),) = run([Request(LONG[:5], 3000, SamplingSettings(temperature=3.0), 1, (), [other])])
+    assert finish == "stop" and stopped == tokens[: tokens.index(other) + 1]
+    assert text == TOKENIZER.decode(stopped[:-1], skip_special_tokens=True)
+
+
+def test_max_new_tokens_is_exact() -> None:
+    for limit in (1, 7):
+        ((tokens, _, finish),) = run([Request(LONG[:5], limit, SamplingSettings(temperature=0.0))])
+        assert (len(tokens), finish) == (limit, "length")
+
+
+def test_the_text_is_that_of_the_tokens_and_every_piece_is_whole_characters() -> None:
+    """Random weights write many bytes that are no UTF-8, and the pieces joined are still what decoding gives."""
+    request = Request(LONG[:5], 400, SamplingSettings(temperature=1.0), seed=3)
+    ((tokens, text, _),) = run([request])
+    tokens = [token for token in tokens if token != TOKENIZER.end_of_text_id]
+    assert "\N{REPLACEMENT CHARACTER}" in text
+    assert text == TOKENIZER.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece-unigram"])
+@given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=30))
+@settings(max_examples=100, deadline=None)
+def test_streamed_text_never_holds_a_part_of_a_character(kind: str, text: str) -> None:
+    tokenizer = TOKENIZER if kind == "bpe" else SENTENCEPIECE
+    detokenizer = Detokenizer(tokenizer)
+    ids = tokenizer.encode(text)
+    shown = ""
+    for token in ids:
+        shown += detokenizer.push(token)
+        assert tokenizer.decode(ids).startswith(shown)
+    assert shown + detokenizer.flush() == tokenizer.decode(ids)
+
+
+SENTENCEPIECE = small_tokenizer("data.tokenizer.kind=sentencepiece-unigram", "data.tokenizer.vocab_size=340")
+
+
+def test_an_unfinished_character_at_the_end_is_shown_as_such() -> None:
+    detokenizer = Detokenizer(TOKENIZER)
+    ids = TOKENIZER.encode("a😀")
+    assert len(ids) > 2
+    assert [detokenizer.push(token) for token in ids[:-1]] == ["a"] + [""] * (len(ids) - 2)
+    assert detokenizer.flush() == "\N{REPLACEMENT CHARACTER}"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
+def test_stop_strings_do_not_depend_on_how_the_text_is_cut(text: str, stops: list[str], data: st.DataObject) -> None:
+    expected, stopped = text, False
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            expected, stopped = text[: end - max(map(len, found))], True
+            break
+    filter_ = StopStrings(stops)
+    shown = ""
+    while text:
+        size = data.draw(st.integers(1, len(text)))
+        shown += filter_.push(text[:size])
+        assert expected.startswith(shown)
+        text = text[size:]
+    assert filter_.stopped == stopped
+    assert shown + filter_.flush() == expected
+
+
+def test_a_stop_string_across_tokens_ends_the_sample_before_it() -> None:
+    plain = Request(LONG[:5], 60, SamplingSettings(temperature=0.8), seed=5)
+    ((tokens, text, _),) = run([plain])
+    stop = text[20:26]
+    assert all(stop not in TOKENIZER.decode([token]) for token in tokens)
+    ((stopped, shortened, finish),) = run([Request(plain.prompt, 60, plain.sampling, 5, (stop,))])
+    assert finish == "stop" and len(stopped) < len(tokens)
+    assert shortened == text[: text.index(stop)]
+
+
+def test_text_held_back_for_a_stop_string_that_never_came_is_shown_at_the_end() -> None:
+    plain = Request(LONG[:5], 30, SamplingSettings(temperature=0.8), seed=5)
+    ((_, text, _),) = run([plain])
+    ((_, same, finish),) = run([Request(plain.prompt, 30, plain.sampling, 5, (text[-4:] + "never",))])
+    assert (same, finish) == (text, "length")
+
+
+def test_weights_that_are_no_numbers_are_named() -> None:
+    broken = make_model("as GPT-2")
+    with torch.no_grad():
+        broken.output_weight[5] = torch.nan
+    with pytest.raises(UserError, match="NaN"):
+        run([Request([1, 2, 3], 5)], model=broken)
+
+
+def test_sample_text_disturbs_neither_random_state_nor_mode() -> None:
+    config = load_config([], ["generation.max_new_tokens=12", "generation.stop=[]"]).generation
+    model = Transformer(MODEL.config.model_copy(update={"dropout": 0.5}))
+    model.train()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    text = sample_text(model, TOKENIZER, "The quick", config, seed=4)
+    assert torch.equal(before, torch.get_rng_state())
+    assert model.training
+    assert text == sample_text(model, TOKENIZER, "The quick", config, seed=4)
+    assert text != sample_text(model, TOKENIZER, "The quick", config, seed=5)
+    assert text.startswith("The quick") and len(text) > len("The quick")
+
+
+def test_requests_follow_the_settings() -> None:
+    config = load_config([], ["generation.num_samples=3", "generation.temperature=0.5", "generation.stop=[x]"])
+    requests = make_requests(config.generation, [1, 2], 10, [4])
+    assert [request.seed for request in requests] == [10, 11, 12]
+    assert all(request.sampling.temperature == 0.5 and request.stop == ("x",) for request in requests)
+    assert all(request.stop_tokens == (4,) and request.prompt == [1, 2] for request in requests)
