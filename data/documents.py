@@ -46,7 +46,7 @@ def document_id(source: str, position: str) -> str:
     """128 bits of XXH3 over the source's name and the position in it, as 32 hexadecimal digits."""
     import xxhash
 
-    return xxhash.xxh3_128_hexdigest(f"{source}\0{position}".encode("utf-8", "surrogateescape"))
+    return xxhash.xxh3_128_hexdigest(f"{source}\0{position}".encode())
 
 
 def read_documents(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -28,7 +29,7 @@ from config.schema import Config
 from data.documents import BadRecord, Document, document_id, read_documents
 from data.download import Downloaded, download_source
 from data.download_datasets import download_datasets
-from data.formats import read_rows
+from data.formats import SUFFIXES, read_rows
 from data.formats.rows import RECORD_BYTES, Fault, Row
 from data.manifest import load_raw_manifest
 from data.sources import Job
@@ -106,6 +107,20 @@ class TestFormats:
         assert texts_of(rows_of(PACK[".zst"](jsonl(records)), "a.jsonl.zst")) == texts
         assert texts_of(rows_of(parquet({"text": pa.array(texts, pa.string())}), "a.parquet")) == texts
 
+    @settings(max_examples=150, deadline=None)
+    @given(st.sampled_from(SUFFIXES), st.integers(0, 3), st.data())
+    def test_no_bytes_whatever_break_a_reader(self, suffix: str, changes: int, data: st.DataObject) -> None:
+        records = [{"text": text, "n": "1"} for text in TEXTS]
+        base, _, packed = suffix[1:].partition(".")
+        whole = {"parquet": parquet({"text": TEXTS}), "csv": csv_bytes(records)}.get(base, jsonl(records))
+        body = bytearray(PACK["." + packed if packed else ""](whole) if changes else data.draw(st.binary(max_size=300)))
+        for _ in range(changes):
+            at = data.draw(st.integers(0, len(body)))
+            body[at : at + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
+        for row in rows_of(bytes(body), f"a{suffix}", with_columns=True):
+            if isinstance(row, Row):
+                orjson.dumps([row.text, row.columns])
+
     def test_each_bad_line_of_jsonl_is_named_and_the_good_ones_stay(self) -> None:
         lines = [
             b'\xef\xbb\xbf{"text": "after a byte order mark"}',
@@ -121,8 +136,9 @@ class TestFormats:
             b'{"text": null}',
             b'{"text": "NaN is fine", "score": NaN}\r',
             b'{"text": "one \\u0000 in a longer text is left to the cleaning"}',
+            b'{"text": "only the text counts", "title": "\\udfff", "\\ud800": 1, "n": 99999999999999999999, "m": 2}',
         ]
-        rows = rows_of(b"\n".join(lines), "a.jsonl")
+        rows = rows_of(b"\n".join(lines), "a.jsonl", with_columns=True)
         assert faults_of(rows) == [
             (2, "not-an-object"),
             (3, "not-json"),
@@ -134,7 +150,8 @@ class TestFormats:
             (10, "binary"),
             (11, "missing-text"),
         ]
-        assert [row.number for row in rows if isinstance(row, Row)] == [1, 12, 13]
+        assert [row.number for row in rows if isinstance(row, Row)] == [1, 12, 13, 14]
+        assert rows[-1].columns == {"m": 2}
 
     @pytest.mark.parametrize("packed", [".gz", ".zst"])
     def test_what_stands_before_a_cut_is_kept(self, packed: str) -> None:
@@ -356,6 +373,12 @@ class TestFiles:
         (corpus / "a.txt").write_text("")
         with pytest.raises(UserError, match="holds no documents"):
             download(files_config("a.txt"))
+
+    def test_a_name_that_is_not_utf8(self, corpus: Path) -> None:
+        Path(os.fsdecode(b"K\xe4se.jsonl")).write_bytes(jsonl([{"text": "good"}] * 30 + [{}]))
+        config = files_config("*.jsonl")
+        assert download(config).manifest.quarantined == {"missing-text": 1}
+        assert documents(config)[0].metadata["file"] == "K\\xe4se.jsonl"
 
     def test_names_with_brackets_and_the_whole_folder(self, corpus: Path) -> None:
         (corpus / "a [draft].txt").write_text("a draft")

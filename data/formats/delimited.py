@@ -23,9 +23,13 @@ def read_csv(
     if "\0" in header_line:
         yield Fault(1, "binary", excerpt_of(header_line))
         return
-    header, delimiter = _header(header_line, text_column)
+    try:
+        header, delimiter = _header(header_line, text_column)
+    except csv.Error as error:
+        yield Fault(1, "not-csv", str(error))
+        return
     if text_column not in header:
-        count = sum(1 for _ in csv.reader(lines, delimiter=delimiter))
+        count = sum(1 for line in lines if line.strip())
         if wanted(0):
             yield Fault(1, "missing-text", excerpt_of(header_line), max(count, 1), tuple(header))
         return

@@ -12,6 +12,7 @@ from data.formats.rows import Fault, Row, Wanted, plain_columns, row_or_fault
 
 BATCH_BYTES = 16 << 20
 BUFFER_BYTES = 1 << 20
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
 def read_parquet(
@@ -20,7 +21,7 @@ def read_parquet(
     """One row per row of the file, numbered from 0; row groups that lie wholly before row `start` are not read."""
     try:
         content = pq.ParquetFile(file, buffer_size=BUFFER_BYTES)
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         if wanted(0):
             yield Fault(0, "corrupt", str(error).splitlines()[0])
         return
@@ -43,7 +44,7 @@ def count_parquet_rows(file: IO[bytes]) -> int:
     """Rows that the footer states; 1 for a file that cannot be opened, which is read as one fault."""
     try:
         return int(pq.read_metadata(file).num_rows)
-    except (pa.ArrowException, OSError):
+    except UNREADABLE:
         return 1
 
 
@@ -62,7 +63,7 @@ def _read_group(
             number += batch.num_rows
             if number >= first + size:
                 return
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         yield Fault(number, "corrupt", str(error).splitlines()[0], first + size - number)
 
 

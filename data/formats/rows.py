@@ -55,11 +55,8 @@ def text_fault(text: str) -> str | None:
     """
     if not text or text.isspace():
         return "empty"
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            return "lone-surrogate"
+    if _has_lone_surrogate(text):
+        return "lone-surrogate"
     if "\0" in text or "\ufffd" in text:
         odd = sum(text.count(character) for character in _UNPRINTABLE)
         if odd > len(text) / 10:
@@ -81,10 +78,19 @@ def row_or_fault(number: int, text: Any, columns: dict[str, Any], missing: tuple
 
 
 def plain_columns(record: dict[str, Any], text_column: str) -> dict[str, Any]:
-    """The columns beside the text that are worth keeping: short strings, numbers and truth values."""
-    return {
-        key: value
-        for key, value in record.items()
-        if key != text_column
-        and (isinstance(value, bool | int | float) or isinstance(value, str) and len(value) < 1000)
-    }
+    """The columns beside the text that are worth keeping: short strings, numbers and truth values, fit for JSON."""
+    return {key: value for key, value in record.items() if key != text_column and _plain(key) and _plain(value)}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) < 1000 and not _has_lone_surrogate(value)
+    return isinstance(value, bool | float) or isinstance(value, int) and abs(value) < 1 << 63
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    try:
+        text.isascii() or text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False

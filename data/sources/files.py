@@ -35,7 +35,7 @@ def revision(name: str, config: FilesSourceConfig) -> str:
     digest = xxhash.xxh3_128()
     for position, path in input_files(name, config):
         status = path.stat()
-        digest.update(f"{position}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+        digest.update(f"{position}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
 
@@ -108,7 +108,12 @@ def input_files(name: str, config: FilesSourceConfig) -> list[tuple[str, Path]]:
     for pattern in config.paths:
         found.update(Path(os.path.abspath(path)) for path in _matches(pattern))
     parent = Path(os.path.commonpath([path.parent for path in found]))
-    return sorted((path.relative_to(parent).as_posix(), path) for path in found)
+    return sorted((_readable(path.relative_to(parent).as_posix()), path) for path in found)
+
+
+def _readable(name: str) -> str:
+    """A file's name that can be written down, whatever bytes it is made of."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _matches(pattern: str) -> list[Path]:

@@ -105,7 +105,8 @@ def standard_library(library: Path) -> list[Path]:
 
 def language_reference() -> list[tuple[str, str]]:
     """Topic and text of each chapter that `help()` shows, sorted; none where the interpreter ships without them."""
-    spec = importlib.util.find_spec("pydoc_data.topics")
+    package = importlib.util.find_spec("pydoc_data")
+    spec = importlib.util.find_spec("pydoc_data.topics") if package is not None else None
     if spec is None or spec.origin is None:
         return []
     topics: dict[str, str] = runpy.run_path(spec.origin)["topics"]
