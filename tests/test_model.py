@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config.load import load_config
 from config.schema import ModelConfig
 from model import loss as loss_module
+from model.attention import attend
 from model.cache import KVCache
 from model.transformer import Transformer
 
@@ -96,6 +97,27 @@ class TestTransformer:
         before, after = model(tokens), model(changed)
         assert torch.equal(before[:, :20], after[:, :20])
         assert (before[:, 20:] - after[:, 20:]).abs().amax(-1).min() > 0
+
+    def test_no_token_sees_a_later_one_in_mixed_precision(self, model: Transformer) -> None:
+        tokens = random_tokens(1, 32)
+        changed = tokens.clone()
+        changed[0, 20] = (changed[0, 20] + 1) % VOCABULARY
+        with torch.autocast("cpu", torch.bfloat16):
+            before, after = model(tokens), model(changed)
+        assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(before[:, 20:], after[:, 20:])
+
+    @pytest.mark.parametrize("kv_heads", [1, 2, 4])
+    @pytest.mark.parametrize("length", [1, 7, 32, 600])
+    def test_attention_in_bfloat16_equals_the_exact_one(self, kv_heads: int, length: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        exact = [torch.randn(2, heads, length, 8, generator=generator) for heads in (4, kv_heads, kv_heads)]
+        found = [tensor.bfloat16().requires_grad_() for tensor in exact]
+        exact = [tensor.detach().float().requires_grad_() for tensor in found]
+        upstream = torch.randn(2, 4, length, 8, generator=generator).bfloat16()
+        low, high = (attend(query, key, value, None, 0.0) for query, key, value in (found, exact))
+        torch.testing.assert_close(low.float(), high, rtol=0.05, atol=0.02)
+        for a, b in zip(torch.autograd.grad(low, found, upstream), torch.autograd.grad(high, exact, upstream.float())):
+            torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)
 
     def test_rows_do_not_mix(self, model: Transformer) -> None:
         tokens = random_tokens(3, 32)
