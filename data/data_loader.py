@@ -22,6 +22,7 @@ from data.permutation import permute
 from data.tokens import TokenFiles
 
 IGNORED = -100  # the target that carries no loss
+ORDER_SAMPLES = 4096  # indices computed at once, since a call of the permutation costs as much for one
 
 
 class Batch(NamedTuple):
@@ -105,7 +106,7 @@ class DataLoader:
         self.source = source
         self.batch_size = batch_size
         self.cursor = cursor
-        self._order = _Order(source, seed, batch_size // world_size, rank * (batch_size // world_size))
+        self._order = _Order(source, seed, batch_size, batch_size // world_size, rank * (batch_size // world_size))
         self._pin_memory = pin_memory
         self._queue: Queue[Batch | BaseException] = Queue(maxsize=prefetch_batches)
         self._stop = threading.Event()
@@ -136,7 +137,7 @@ class DataLoader:
         device = torch.cuda.current_device() if self._pin_memory else None
         self._thread = threading.Thread(
             target=_prefetch,
-            args=(self._order, self.cursor, self.batch_size, device, self._queue, self._stop),
+            args=(self._order, self.cursor, device, self._queue, self._stop),
             name="data-loader",
             daemon=True,
         )
@@ -159,23 +160,30 @@ class DataLoader:
 
 
 class _Order(NamedTuple):
-    """Which samples a rank takes of the global batch that begins at a cursor."""
+    """Which samples a rank takes of each global batch."""
 
     source: SampleSource
     seed: int
+    batch_size: int
     rows: int
     offset: int
 
-    def batch(self, cursor: int) -> Batch:
+    def indices(self, cursor: int, batches: int) -> NDArray[np.int64]:
+        """Samples of the next batches, shape (batches, rows)."""
         length = len(self.source)
-        positions = np.arange(self.rows, dtype=np.int64) + cursor + self.offset
+        first = np.arange(batches, dtype=np.int64) * self.batch_size + cursor + self.offset
+        positions = first[:, None] + np.arange(self.rows)
         epochs, within = positions // length, positions % length
         indices = np.empty_like(positions)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
             chosen = epochs == epoch
             indices[chosen] = permute(within[chosen], length, self.seed, epoch)
-        pairs = [self.source.sample(int(index)) for index in indices]
-        shape = (self.rows, len(pairs[0][0]))
+        return indices
+
+    def batch(self, indices: NDArray[np.int64]) -> Batch:
+        """The samples of these indices, shape (rows,)."""
+        pairs = [self.source.sample(index) for index in indices.tolist()]
+        shape = (len(pairs), len(pairs[0][0]))
         inputs, targets = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
         input_rows, target_rows = inputs.numpy(), targets.numpy()
         for row, (sample_inputs, sample_targets) in enumerate(pairs):
@@ -187,7 +195,6 @@ class _Order(NamedTuple):
 def _prefetch(
     order: _Order,
     cursor: int,
-    batch_size: int,
     device: int | None,
     queue: Queue[Batch | BaseException],
     stop: threading.Event,
@@ -196,12 +203,16 @@ def _prefetch(
     try:
         if device is not None:
             torch.cuda.set_device(device)
-        while not stop.is_set():
-            batch = order.batch(cursor)
-            if device is not None:
-                batch = Batch(batch.inputs.pin_memory(), batch.targets.pin_memory())
-            queue.put(batch)
-            cursor += batch_size
+        ahead = max(1, min(ORDER_SAMPLES, len(order.source)) // order.rows)
+        while True:
+            for indices in order.indices(cursor, ahead):
+                if stop.is_set():
+                    return
+                batch = order.batch(indices)
+                if device is not None:
+                    batch = Batch(batch.inputs.pin_memory(), batch.targets.pin_memory())
+                queue.put(batch)
+            cursor += ahead * order.batch_size
     except BaseException as error:
         queue.put(error)
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+from bisect import bisect_right
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,10 +127,10 @@ class TokenFiles:
         self.files = self.manifest.splits[split]
         dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._parts = [_map(self.directory / file.name, file.tokens, dtype) for file in self.files]
-        self._starts = np.cumsum([0] + [file.tokens for file in self.files])
+        self._starts = list(accumulate((file.tokens for file in self.files), initial=0))
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def read(self, start: int, count: int) -> TokenArray:
         """Tokens `start` ... `start + count`, shape (count,), uint16 or uint32 as stored; no copy within one file."""
@@ -136,10 +138,10 @@ class TokenFiles:
             raise IndexError(f"tokens {start} ... {start + count} of {len(self)}")
         if count == 0:
             return np.empty(0, self.manifest.dtype)
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        first = bisect_right(self._starts, start) - 1
         pieces = []
         for part, offset in zip(self._parts[first:], self._starts[first:]):
-            begin = start - int(offset)
+            begin = start - offset
             pieces.append(part[begin : begin + count])
             start += len(pieces[-1])
             count -= len(pieces[-1])
