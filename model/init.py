@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from config.schema import ModelConfig
+
+
+class NoDefaultInit(TorchFunctionMode):
+    """Within it, PyTorch's modules are built without initial weights, which `initialise` would only replace.
+
+    On the meta device that also saves a second: the default initialisation would load PyTorch's compiler there.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], _types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Let every function through but those of `torch.nn.init`, which give back their tensor as it is."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @torch.no_grad()

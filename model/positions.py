@@ -26,11 +26,15 @@ class RotaryTables(nn.Module):
         self._build(torch.get_default_device())
 
     def _build(self, device: torch.device) -> None:
+        if device.type == "meta":
+            for name in ("cos", "sin"):
+                table = torch.empty(self.context_length, self.head_dim, device=device)
+                self.register_buffer(name, table, persistent=False)
+            return
         # In float64 on the CPU first, so that every device gets the same bits.
-        host = "meta" if device.type == "meta" else "cpu"
-        channels = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=host)
+        channels = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu")
         frequencies = self.theta ** (-channels / self.head_dim)
-        angles = torch.outer(torch.arange(self.context_length, dtype=torch.float64, device=host), frequencies)
+        angles = torch.outer(torch.arange(self.context_length, dtype=torch.float64, device="cpu"), frequencies)
         cos, sin = angles.cos().float(), angles.sin().float()
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1).to(device), persistent=False)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1).to(device), persistent=False)

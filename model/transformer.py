@@ -14,7 +14,7 @@ from config.schema import ModelConfig
 from model.attention import Attention
 from model.cache import KVCache
 from model.feed_forward import FeedForward
-from model.init import initialise
+from model.init import NoDefaultInit, initialise
 from model.loss import linear_cross_entropy
 from model.norms import make_norm
 from model.positions import RotaryTables, Rotation
@@ -57,16 +57,17 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing: GradientCheckpointing = "none"
-        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.position_embedding = None
-        self.rotary = None
-        if config.position == "learned":
-            self.position_embedding = nn.Embedding(config.context_length, config.d_model)
-        else:
-            self.rotary = RotaryTables(config.head_dim, config.context_length, config.rope_theta)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.final_norm = make_norm(config)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.position_embedding = self.rotary = self.head = None
+        with NoDefaultInit():
+            self.token_embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+            if config.position == "learned":
+                self.position_embedding = nn.Embedding(config.context_length, config.d_model)
+            else:
+                self.rotary = RotaryTables(config.head_dim, config.context_length, config.rope_theta)
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+            self.final_norm = make_norm(config)
+            if not config.tie_embeddings:
+                self.head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
         if not self.token_embedding.weight.is_meta:
             self.init_weights(0)
 
