@@ -25,6 +25,7 @@ from config.schema import Config, SourceConfig
 
 CONFIG_DIR = Path(__file__).parent
 SECTIONS = ("model", "training", "data", "generation")
+Layer = tuple[str, dict[str, Any]]  # where some values stand, and the values
 
 
 def load_config(
@@ -35,13 +36,27 @@ def load_config(
     `saved` is an earlier run's resolved configuration and where it was found; it lies between defaults and recipes.
     Raises `UserError` naming the file, the key and the nearest right one, or the allowed values.
     """
+    return _resolve(_layers(recipes, overrides, saved))
+
+
+def read_setting(key: str, recipes: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Any:
+    """The value of `section.key` alone, where recipes and overrides need not make a valid whole by themselves."""
+    value, _ = _merge(_layers(recipes, overrides))
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _layers(
+    recipes: Sequence[Path], overrides: Sequence[str], saved: tuple[str, dict[str, Any]] | None = None
+) -> list[Layer]:
     layers = [(saved[0], copy.deepcopy(saved[1]))] if saved else []
     for _, layer in layers:
         # It holds every key of its variant, which the recipe of the earlier run may have been the only one to define.
         layer["model"]["variants"] = {layer["model"]["variant"]: {}}
     layers += [(str(path), layer) for recipe in recipes for path, layer in _recipe_chain(Path(recipe))]
     layers += [(f"command line: {text}", _parse_override(text)) for text in overrides]
-    return _resolve(layers)
+    return layers
 
 
 def config_from_dict(tree: dict[str, Any], origin: str) -> Config:
@@ -74,12 +89,19 @@ def with_vocab_size(config: Config, vocab_size: int) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def _resolve(layers: list[tuple[str, dict[str, Any]]]) -> Config:
+def _resolve(layers: list[Layer]) -> Config:
+    tree, origins = _merge(layers)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, origins)) from error
+
+
+def _merge(layers: list[Layer]) -> tuple[Any, list[Layer]]:
+    """The values of the defaults, the chosen variant and `layers`, and all layers that were merged, lowest first."""
     defaults = {name: _read_yaml(CONFIG_DIR / f"{name}_config.yaml") for name in SECTIONS}
     variants: dict[str, Any] = defaults["model"].pop("variants")
-    origins: list[tuple[str, dict[str, Any]]] = [
-        (f"{CONFIG_DIR.name}/{name}_config.yaml", {name: defaults[name]}) for name in SECTIONS
-    ]
+    origins: list[Layer] = [(f"{CONFIG_DIR.name}/{name}_config.yaml", {name: defaults[name]}) for name in SECTIONS]
     for origin, layer in layers:
         _check_sections(origin, layer)
         variants = {**variants, **(layer.get("model", {}).pop("variants", None) or {})}
@@ -92,13 +114,9 @@ def _resolve(layers: list[tuple[str, dict[str, Any]]]) -> Config:
             raise UserError(f"{where}: model.variant: there is no variant {variant!r}.{_nearest(variant, variants)}")
         chosen = ("model.variants", {"model": _variant(variant, variants)})
         merged = OmegaConf.merge(defaults, chosen[1], given, {"model": {"variant": variant}})
-        tree = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True), [*origins, chosen, *layers]
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration does not resolve: {str(error).splitlines()[0]}") from error
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(_explain(error, [*origins, chosen, *layers])) from error
 
 
 def _variant(name: str, variants: dict[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -325,9 +325,9 @@ class Config(Section):
                 f"training.sequence_length: {length} is longer than the model's context_length, "
                 f"{self.model.context_length}"
             )
-        if (self.training.short_sequences.length or 1) > length:
+        if length % (self.training.short_sequences.length or 1):
             raise ValueError(
-                f"training.short_sequences.length: {self.training.short_sequences.length} is longer than the "
-                f"sequences themselves, {length}"
+                f"training.short_sequences.length: {self.training.short_sequences.length} does not divide the "
+                f"sequences of {length} tokens; choose from {divisors(length)}"
             )
         return self

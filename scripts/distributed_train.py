@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from config.command import Overrides, PrintConfig, Recipe, Resume, run
+from config.command import Overrides, PrintConfig, Recipe, Resume, resolve, run, show
 
 Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Processes on this machine, each with a GPU of its own.")]
 Device = Annotated[
@@ -38,21 +38,19 @@ def distributed_train(
     """
     from training.environment import calm_threads
 
+    settings = [*(overrides or []), *([f"training.device={device}"] if device else [])]
+    if resume is None:
+        resolve(recipe, settings, print_config)
     calm_threads()
     from pathlib import Path
 
-    from config.load import to_yaml
     from training.launch import Machines, check_gpus, launch
     from training.pretraining import check_command_line
     from training.resume import run_config
 
     machines = Machines(gpus, nodes, node_rank, rendezvous)
-    settings = [*(overrides or []), *([f"training.device={device}"] if device else [])]
-    recipes = [recipe] if recipe else []
-    config, checkpoint = run_config(recipes, settings, resume)
-    if print_config:
-        print(to_yaml(config), end="")
-        raise typer.Exit()
+    config, checkpoint = run_config([recipe] if recipe else [], settings, resume)
+    show(config, print_config)
     if config.training.device != "cpu":
         check_gpus(gpus)
     check_command_line(config, checkpoint, machines.world_size)

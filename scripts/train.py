@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from config.command import Overrides, PrintConfig, Recipe, Resume, run
+from config.command import Overrides, PrintConfig, Recipe, Resume, resolve, run, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,17 +27,15 @@ def train(
     """
     from training.environment import calm_threads
 
+    if resume is None:
+        resolve(recipe, overrides, print_config)
     calm_threads()
-    from config.load import to_yaml
+    from training import trainer
     from training.pretraining import open_pretraining
     from training.resume import run_config
 
     config, checkpoint = run_config([recipe] if recipe else [], overrides or [], resume)
-    if print_config:
-        print(to_yaml(config), end="")
-        raise typer.Exit()
-    from training import trainer
-
+    show(config, print_config)
     job = open_pretraining(config, checkpoint)
     result = trainer.train(
         job.config,

@@ -57,12 +57,14 @@ class Console:
 
 
 def count(number: float) -> str:
-    """A number in at most five characters: 950, 12.3k, 4.1M."""
-    for limit, unit in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "G")):
-        if number < 0.9995 * limit:
-            scaled = number / (limit / 1e3)
-            return f"{scaled:.0f}{unit}" if not unit or scaled >= 99.95 else f"{scaled:.1f}{unit}"
-    return f"{number:.1e}"
+    """A number in at most five characters, up to 999T: 950, 12.3k, 4.1M."""
+    scale, unit = 1.0, ""
+    for larger in "kMGT":
+        if number < 999.5 * scale:
+            break
+        scale, unit = 1e3 * scale, larger
+    scaled = number / scale
+    return f"{scaled:.0f}{unit}" if not unit or scaled >= 99.95 else f"{scaled:.1f}{unit}"
 
 
 def duration(seconds: float) -> str:

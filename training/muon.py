@@ -39,21 +39,23 @@ def muon_step(
     parameters: list[Tensor],  # matrices of one shape
     gradients: list[Tensor],
     buffers: list[Tensor],
-    take: Tensor,  # 0-D float: 1 takes the step, 0 leaves parameters and buffers as they are
-    rate: Tensor,  # 0-D float
-    weight_decay: Tensor,  # 0-D float
-    momentum: Tensor,  # 0-D float
+    take: Tensor | None,  # 0-D float: 1 takes the step, 0 leaves parameters and buffers as they are; None is 1
+    rate: Tensor | float,
+    weight_decay: Tensor | float,
+    momentum: Tensor | float,
     newton_schulz_steps: int,
     dtype: torch.dtype,
 ) -> None:
-    """Move `parameters` and `buffers` in place. What a schedule may move is a tensor, so it never compiles anew."""
+    """Move `parameters` and `buffers` in place. What a schedule may move is a 0-D tensor where this is compiled."""
     rows, columns = parameters[0].shape
-    gradient = torch.where(take > 0, torch.stack(gradients), 0.0)
-    buffer = torch.lerp(torch.stack(buffers), gradient, (1.0 - momentum) * take)
+    gradient, gain = torch.stack(gradients), 1.0 - momentum
+    if take is not None:
+        gradient, gain, rate = torch.where(take > 0, gradient, 0.0), gain * take, rate * take
+    buffer = torch.lerp(torch.stack(buffers), gradient, gain)
     torch._foreach_copy_(buffers, buffer.unbind())
     update = orthogonalise(torch.lerp(gradient, buffer, momentum), newton_schulz_steps, dtype)
-    update = update.to(parameters[0].dtype) * (-rate * take * max(1.0, rows / columns) ** 0.5)
-    torch._foreach_mul_(parameters, 1.0 - rate * take * weight_decay)
+    update = update.to(parameters[0].dtype) * (-rate * max(1.0, rows / columns) ** 0.5)
+    torch._foreach_mul_(parameters, 1.0 - rate * weight_decay)
     torch._foreach_add_(parameters, update.unbind())
 
 
@@ -104,11 +106,13 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     stacks[parameter.shape, parameter.device, parameter.dtype].append(parameter)
             for (_, device, _), parameters in stacks.items():
-                scalars = [
-                    torch.full((), value, device=device)
-                    for value in (group["lr"], group["weight_decay"], group["momentum"])
-                ]
-                take = torch.ones((), device=device) if self.found_inf is None else 1.0 - self.found_inf.to(device)
+                scalars = [group["lr"], group["weight_decay"], group["momentum"]]
+                take = None
+                if device.type != "cpu":
+                    scalars = [torch.full((), value, device=device) for value in scalars]
+                    take = None if self.found_inf is None else 1.0 - self.found_inf
+                elif self.found_inf is not None and self.found_inf > 0:
+                    continue
                 self._step(
                     parameters,
                     [parameter.grad for parameter in parameters],

@@ -25,20 +25,8 @@ class Plan:
 
 
 def sequence_length(model: ModelConfig, training: TrainingConfig) -> int:
-    """Tokens per training sequence; `UserError` where the model could not see them all, or pieces would not fit."""
-    length = training.sequence_length or model.context_length
-    if length > model.context_length:
-        raise UserError(
-            f"training.sequence_length={length} is longer than model.context_length={model.context_length}. "
-            "Lower the one or raise the other."
-        )
-    piece = training.short_sequences.length
-    if piece is not None and length % piece:
-        raise UserError(
-            f"training.short_sequences.length={piece} does not divide the sequence of {length} tokens; "
-            f"choose from {divisors(length)}."
-        )
-    return length
+    """Tokens per training sequence."""
+    return training.sequence_length or model.context_length
 
 
 def make_plan(config: Config, samples: int, world_size: int) -> Plan:

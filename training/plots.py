@@ -20,9 +20,10 @@ def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 6), dpi=120)
     FigureCanvasAgg(figure)
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    edges = {"left": 0.09, "right": 0.97, "top": 0.93, "bottom": 0.13, "hspace": 0.08}
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1], gridspec_kw=edges)
 
     trained = [row for row in rows if row["loss"] is not None]
     tokens, values = [row["tokens"] for row in trained], [row["loss"] for row in trained]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Literal
 
 import torch
@@ -34,10 +35,11 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.mixed)
 
 
+@cache
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16 matrix products; a CPU without them is far slower in it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         capable = torch.cpu.get_capabilities()
         return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import UserError
-from config.load import load_config
+from config.load import load_config, read_setting
 from config.schema import Config, ModelConfig
 from model.checkpoint import checkpoint_config, load_checkpoint, resolve_checkpoint
 from training.plan import sequence_length
@@ -25,10 +25,10 @@ def run_config(
     `overrides`; `UserError` names the key where these would make another model or another order of the data of it.
     `base` are recipes of the command itself, under the user's, for a run that does not go on from a checkpoint.
     """
-    config = load_config([*base, *recipes], overrides)
     if resume is None:
-        return config, None
-    checkpoint = resolve_checkpoint(resume, Path(config.training.checkpoint_dir))
+        return load_config([*base, *recipes], overrides), None
+    directory = read_setting("training.checkpoint_dir", [*base, *recipes], overrides)
+    checkpoint = resolve_checkpoint(resume, Path(directory))
     state = load_checkpoint(checkpoint)
     saved = checkpoint_config(checkpoint, state)
     config = load_config(recipes, overrides, saved=(str(checkpoint), state["config"]))

@@ -13,7 +13,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float 
     Takes about `seconds`, after a warm-up. Measured rather than looked up, since data sheets know neither this CPU, nor
     the clock a GPU holds under load, nor what else the machine is doing.
     """
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 512
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, deadline = float("inf"), 0.0
     for attempt in range(1000):

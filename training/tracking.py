@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Tracker:
         self.directory = directory
         self._warn = warn
         self._warned = False
+        self._drawn = -math.inf
         self._unwritten: dict[str, list[str]] = {METRICS: [], SAMPLES: []}
         self.rows = _truncate(directory / METRICS, step)
         _truncate(directory / SAMPLES, step)
@@ -63,8 +65,11 @@ class Tracker:
         self._append(SAMPLES, {"step": step, "text": text})
         self._wandb.log({"step": step, "sample": text})
 
-    def draw(self) -> None:
-        """Bring `curves.png` up to date."""
+    def draw(self, now: bool = False) -> None:
+        """Bring `curves.png` up to date, unless that was done in the last ten seconds and need not be `now`."""
+        if not now and time.monotonic() - self._drawn < 10:
+            return
+        self._drawn = time.monotonic()
         try:
             plot_curves(self.rows, self.directory / CURVES, self.directory.name)
         except UserError as error:
@@ -73,7 +78,7 @@ class Tracker:
     def close(self) -> None:
         """Draw the last picture and end the run at Weights & Biases."""
         if self.rows:
-            self.draw()
+            self.draw(now=True)
         self._wandb.finish()
 
     def _append(self, name: str, record: dict[str, Any]) -> None:

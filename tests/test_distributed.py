@@ -1,0 +1,138 @@
+"""Several processes over gloo on the CPU: the same training as one process, through the real launcher."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from config.errors import UserError
+from tests.small_runs import (
+    ROOT,
+    SMALL,
+    command,
+    curve,
+    finish,
+    metrics,
+    read_checkpoint,
+    start,
+    wait_for,
+    write_corpus,
+)
+from training.launch import Machines
+
+SETTINGS = [*SMALL, "training.max_steps=6", "training.checkpoint_interval=3", "training.optimizer=adamw"]
+TWO = ["--gpus", "2", "--device", "cpu"]
+
+MASKED_RUN = """
+import sys
+from tests.small_runs import RandomSamples, train_here
+
+source = RandomSamples(32, 32, lambda row: slice(0, (row * 13) % 33) if row % 5 else slice(None))
+train_here(source, *sys.argv[1:], "training.max_steps=6", "training.optimizer=adamw")
+"""
+
+
+class TestMistakes:
+    """One sentence, once, before any process is started."""
+
+    @pytest.mark.skipif(torch.cuda.device_count() >= 64, reason="there are that many GPUs")
+    def test_too_few_gpus(self, tmp_path: Path) -> None:
+        done = command(tmp_path, "distributed_train", "--gpus", "64", status=1)
+        assert done.stderr.count("error:") == 1
+        assert f"PyTorch finds {torch.cuda.device_count()} GPU" in done.stderr
+        assert "--device cpu" in done.stderr
+
+    def test_a_batch_that_cannot_be_dealt(self, tmp_path: Path) -> None:
+        write_corpus(tmp_path)
+        done = command(tmp_path, "distributed_train", "--gpus", "3", "--device", "cpu", *SETTINGS, status=1)
+        assert done.stderr.splitlines() == [
+            "error: training.batch_size=8 cannot be dealt evenly to 3 processes; choose a multiple of 3."
+        ]
+        assert not (tmp_path / "runs").exists()
+
+    def test_machines_that_cannot_meet(self) -> None:
+        with pytest.raises(UserError, match="--nodes 2 needs --rendezvous HOST:PORT"):
+            Machines(4, nodes=2)
+        with pytest.raises(UserError, match="--node-rank 2 must lie between 0 and 1"):
+            Machines(4, nodes=2, node_rank=2, rendezvous="localhost:29400")
+
+
+@pytest.mark.slow
+class TestTwoProcesses:
+    def test_train_what_one_process_trains(self, tmp_path: Path) -> None:
+        """Promise 3: one process, accumulation of the same batch, two processes, and two that accumulate."""
+        write_corpus(tmp_path)
+        ways = {
+            "one": ("train", []),
+            "accumulated": ("train", ["training.micro_batch_size=2"]),
+            "two": ("distributed_train", TWO),
+            "both": ("distributed_train", [*TWO, "training.micro_batch_size=2"]),
+        }
+        for name, (script, arguments) in ways.items():
+            own = [f"training.run_name={name}", f"training.checkpoint_dir={name}"]
+            done = command(tmp_path, script, *arguments, *SETTINGS, *own)
+            assert done.stdout.count("Wrote ") == 1
+        expected = read_checkpoint(tmp_path / "one/model_step_6.pt")
+        for name in ("accumulated", "two", "both"):
+            found = read_checkpoint(tmp_path / name / "model_step_6.pt")
+            torch.testing.assert_close(found["model"], expected["model"], rtol=1e-4, atol=2e-5)
+            assert found["cursor"] == expected["cursor"] == 48
+            for left, right in zip(curve(tmp_path / "runs/one"), curve(tmp_path / "runs" / name), strict=True):
+                assert right == pytest.approx(left, rel=1e-4)
+
+    def test_weigh_masked_tokens_as_one_process_does(self, tmp_path: Path) -> None:
+        """Promise 4: counts of valid tokens that differ between processes and micro-batches, some of them zero."""
+        script = tmp_path / "masked_run.py"
+        script.write_text(MASKED_RUN)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        for name, how in (("one", []), ("two", launcher)):
+            own = [f"training.checkpoint_dir={name}", f"training.run_name={name}", "training.micro_batch_size=2"]
+            run_python(tmp_path, *how, str(script), *own)
+        one, two = (read_checkpoint(tmp_path / name / "model_step_6.pt") for name in ("one", "two"))
+        torch.testing.assert_close(two["model"], one["model"], rtol=1e-4, atol=2e-5)
+        losses = [[row["loss"] for row in metrics(tmp_path / "runs" / name)] for name in ("one", "two")]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+    def test_save_on_a_signal_and_go_on_as_one_process(self, tmp_path: Path) -> None:
+        write_corpus(tmp_path)
+        long = [*SETTINGS, "training.max_steps=100000", "training.checkpoint_interval=100000", "training.run_name=cut"]
+        process = start(tmp_path, "distributed_train", *TWO, *long)
+        wait_for((tmp_path / "runs/cut/metrics.jsonl").exists, process)
+        process.send_signal(signal.SIGTERM)
+        done = finish(process)
+        assert done.returncode == 143, done.stderr
+        (checkpoint,) = (tmp_path / "checkpoints").glob("*.pt")
+        step = read_checkpoint(checkpoint)["step"]
+        assert f"Stopped by SIGTERM after step {step:,} of 100,000" in done.stdout
+        assert done.stdout.splitlines()[-1].endswith(
+            f"python scripts/distributed_train.py --gpus 2 --resume checkpoints/{checkpoint.name}"
+        )
+        more = ["--resume", "latest", f"training.max_steps={step + 4}"]
+        assert f"step {step + 4}" in command(tmp_path, "distributed_train", "--gpus", "2", *more).stderr
+        more = ["--resume", "latest", f"training.max_steps={step + 8}"]
+        assert f"step {step + 8}" in command(tmp_path, "train", *more).stderr
+
+    def test_pass_on_the_status_of_one_that_fails(self, tmp_path: Path) -> None:
+        write_corpus(tmp_path)
+        (tmp_path / "runs").write_text("a file where a folder is wanted")
+        done = command(tmp_path, "distributed_train", *TWO, *SETTINGS, status=1)
+        assert "Wrote" not in done.stdout
+
+
+def run_python(folder: Path, *arguments: str) -> None:
+    """Run this interpreter in `folder` with the project on its path."""
+    import os
+    import subprocess
+
+    subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
