@@ -106,6 +106,7 @@ SETTINGS = (
     "data.tokenizer.vocab_size=400",
     "data.preprocess.workers=1",
     "data.preprocess.tasks=3",
+    "data.preprocess.validation_fraction=0.02",
 )
 
 
@@ -450,3 +451,17 @@ def test_manifest_says_what_the_design_asks(finished: Path) -> None:
         "val.bin",
         "val.index",
     ]
+
+
+def test_the_code_in_the_documentation_runs(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/preprocessing.md").read_text(encoding="utf-8")
+    blocks = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
+    assert len(blocks) == 2
+    monkeypatch.chdir(finished)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    manifest = load_tokens_manifest(Path("corpus/tokens"))
+    assert len(names["ends"]) == manifest.documents("train")
+    assert names["second_document"][-1] == manifest.end_of_text_id
+    assert names["inputs"].shape == (32, 256) and names["loader"].cursor == 32
