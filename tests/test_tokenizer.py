@@ -239,6 +239,14 @@ class TestTraining:
         assert tokenizer.fingerprint == load_tokenizer(folders[kind]).fingerprint
         assert read == corpus()
 
+    def test_bpe_learns_from_the_beginning_of_an_endless_word(self) -> None:
+        """Whole, such words would take the library minutes each, and hours from a few megabytes."""
+        long = ["ab" * 200_000, "=" * 400_000, " \n" * 200_000, "日" * 200_000]
+        cut = [text[:1000] for text in long]
+        first, second = (train_tokenizer(iter([*corpus(), *texts]), tokenizer_config()) for texts in (long, cut))
+        assert first.fingerprint == second.fingerprint
+        assert first.decode(first.encode(long[3])) == long[3]
+
     def test_a_text_is_cut_at_the_limit_between_characters(self) -> None:
         assert list(limit_bytes(["abc", "dééf", "g"], 6)) == ["abc", "dé"]
         assert list(limit_bytes(["abc", "dééf", "g"], 7)) == ["abc", "dé"]

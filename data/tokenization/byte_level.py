@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,10 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+LONGEST_RUN = 1000
+BLANK_RUN = re.compile(rf"\s{{{LONGEST_RUN},}}")
+LONG_RUN = re.compile(rf"\w{{{LONGEST_RUN},}}|\s{{{LONGEST_RUN},}}|[^\w\s]{{{LONGEST_RUN},}}")
 
 
 class ByteLevelBPE:
@@ -110,8 +115,18 @@ def train_byte_level(texts: Iterator[str], config: TokenizerConfig) -> ByteLevel
         initial_alphabet=sorted(BYTE_OF),
         show_progress=False,
     )
-    library.train_from_iterator(texts, trainer)
+    library.train_from_iterator(map(shorten_runs, texts), trainer)
     return ByteLevelBPE(library.to_str().encode())
+
+
+def shorten_runs(text: str) -> str:
+    """`text` without what lies past `LONGEST_RUN` characters in one word, one blank or one row of signs.
+
+    The library's time grows with the square of a word's length: a few megabytes in one word would keep it for hours.
+    """
+    if max(map(len, text.split()), default=0) <= LONGEST_RUN and not BLANK_RUN.search(text):
+        return text
+    return LONG_RUN.sub(lambda match: match[0][:LONGEST_RUN], text)
 
 
 def _byte_of_character() -> dict[str, int]:

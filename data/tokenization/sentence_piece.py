@@ -69,7 +69,7 @@ class SentencePiece:
 
 
 def train_sentence_piece(texts: Iterator[str], config: TokenizerConfig) -> SentencePiece:
-    """Train on `texts`, which the library holds in memory: some 10 bytes for each byte of text, 30 for unigram.
+    """Train on `texts`, which the library holds in memory: 15 bytes for each byte of text, 25 for unigram.
 
     Special tokens take the first ids, then come `<unk>` (never used) and the 256 bytes. Raises `UserError` naming the
     possible sizes where `config.vocab_size` does not fit the text.
