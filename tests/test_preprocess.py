@@ -375,7 +375,7 @@ class TestBadInput:
         assert not (copy / "corpus/tokens").exists()
 
     def test_too_many_bad_records(self, copy: Path) -> None:
-        message = run_refused(copy, "data.preprocess.max_bad_fraction=0.001", "data.preprocess.workers=2")
+        message = run_refused(copy, "data.preprocess.max_bad_fraction=0.001")
         assert "3 of 410 records cannot be read" in message
         kept = Path(message.split("All of them: ")[1].split(". Mend")[0])
         assert len(kept.read_text().splitlines()) == 3
@@ -392,7 +392,7 @@ class TestBadInput:
             path.write_bytes(path.read_bytes()[:-100])
         assert "missing or damaged" in refused(copy)
 
-    @pytest.mark.parametrize("workers", [1, 2])
+    @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
     def test_full_disk_leaves_the_old_files_whole(self, finished: Path, complete: Path, workers: int) -> None:
 
         def limit() -> None:
