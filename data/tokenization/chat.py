@@ -40,8 +40,7 @@ def render_messages(tokenizer: Tokenizer, messages: Messages, add_generation_pro
     To give it to a model use `encode_messages`: in the text, a special token that somebody wrote looks like a real one.
     Raises `UserError` for messages that are none, or if the tokenizer has no chat template.
     """
-    check_messages(messages)
-    return _render(tokenizer, messages, add_generation_prompt)
+    return _render(tokenizer, checked_messages(messages), add_generation_prompt)
 
 
 def encode_messages(
@@ -52,8 +51,7 @@ def encode_messages(
     For messages without special tokens in them, the ids are those of `transformers`' `apply_chat_template`. Raises
     `UserError` as `render_messages` does, and where the template changes what the messages say.
     """
-    check_messages(messages)
-    parts = _parts(tokenizer, messages, add_generation_prompt)
+    parts = _parts(tokenizer, checked_messages(messages), add_generation_prompt)
     ids: list[int] = []
     trained: list[bool] = []
     plain: list[tuple[str, bool]] = []
@@ -81,8 +79,11 @@ def encode_messages(
     return ids, trained
 
 
-def check_messages(messages: Messages) -> None:
-    """Raise `UserError` unless `messages` are `{"role", "content"}` with known roles, a system message only first."""
+def checked_messages(messages: Messages) -> list[dict[str, str]]:
+    """`messages` with nothing but role and content, so that a template can write nothing else that somebody said.
+
+    Raises `UserError` where one lacks them, has an unknown role, or is a system message and not the first.
+    """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise UserError('messages must be a list of {"role": ..., "content": ...}, with one or more in it.')
     for number, message in enumerate(messages, start=1):
@@ -97,15 +98,18 @@ def check_messages(messages: Messages) -> None:
             raise UserError(f"The content of message {number} must be text, not {type(message['content']).__name__}.")
         if message["role"] == "system" and number > 1:
             raise UserError(f"Message {number} is a system message; only the first one may be.")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def _parts(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool) -> list[tuple[str | int, bool]]:
+def _parts(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool
+) -> list[tuple[str | int, bool]]:
     """What the template writes and what the messages say, in order: text or special id, and whether it is trained.
 
     The template is rendered with a marker in place of each content, so that the two can be told apart.
     """
     markers = [f"\ue000{number}\ue001" for number in range(len(messages))]
-    marked = [{**message, "content": marker} for message, marker in zip(messages, markers)]
+    marked = [{"role": message["role"], "content": marker} for message, marker in zip(messages, markers)]
     text = _render(tokenizer, marked, add_generation_prompt)
     rendered = _render(tokenizer, messages, add_generation_prompt)
     for contents in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
@@ -145,17 +149,17 @@ def _template_parts(tokenizer: Tokenizer, text: str, ending: bool) -> list[tuple
     return parts
 
 
-def _render(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool) -> str:
+def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:
         names = ", ".join(sorted(TEMPLATE_TOKENS))
         raise UserError(
-            "The tokenizer has no chat template. Train one whose data.tokenizer.special_tokens hold " f"{names}."
+            f"The tokenizer has no chat template. Train one whose data.tokenizer.special_tokens hold {names}."
         )
     try:
         return _compiled(tokenizer.chat_template).render(
-            messages=[dict(message) for message in messages],
+            messages=messages,
             add_generation_prompt=add_generation_prompt,
             bos_token=END_OF_TEXT,
             eos_token=END_OF_TEXT,

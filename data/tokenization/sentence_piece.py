@@ -134,9 +134,9 @@ def _cut(text: str) -> Iterator[str]:
     start = 0
     while start < len(text):
         end = start + CHUNK_CHARACTERS
-        if end < len(text):
-            end = max(text.rfind("\n", start, end) + 1, start) or end
-            end = end if end > start else start + CHUNK_CHARACTERS
+        after_line = text.rfind("\n", start, end) + 1
+        if end < len(text) and after_line > start:
+            end = after_line
         yield text[start:end]
         start = end
 

@@ -1,7 +1,7 @@
 """Special tokens: which names may be one, and finding them in text where that is wanted."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from config.errors import UserError
 
@@ -38,18 +38,3 @@ def split_special(text: str, special_tokens: Mapping[str, int]) -> Iterator[str 
             yield special_tokens[part]
         elif part:
             yield part
-
-
-def join_text(parts: Iterable[str | int]) -> Iterator[str | int]:
-    """Glue neighbouring pieces of plain text together, since tokens may span them."""
-    plain = ""
-    for part in parts:
-        if isinstance(part, str):
-            plain += part
-            continue
-        if plain:
-            yield plain
-        plain = ""
-        yield part
-    if plain:
-        yield plain
