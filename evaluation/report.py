@@ -15,7 +15,7 @@ def print_table(evaluation: Evaluation, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
@@ -27,6 +27,7 @@ def print_table(evaluation: Evaluation, title: str) -> None:
     table.add_row("tokens scored", f"{evaluation.tokens:,}", "")
     if evaluation.bytes is not None:
         table.add_row("bytes they stand for", f"{evaluation.bytes:,}", "")
+    print(title)
     Console().print(table)
 
 

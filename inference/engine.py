@@ -9,7 +9,8 @@ A model sees at most `context_length` tokens. When a sequence grows past that, t
 a context at a time, and prefills the rest again. Where the window begins depends on the length alone, so a prompt that
 is too long is cut just as a text that became too long.
 
-What a sequence draws depends on its own tokens, settings and seed, not on what it is batched with.
+What a sequence draws depends on its own tokens, settings and seed, not on what it is batched with (but for the rounding
+of matrix products, whose last bit may depend on the size of the batch).
 """
 
 from __future__ import annotations

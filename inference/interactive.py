@@ -124,8 +124,11 @@ class Session:
 def talk(session: Session, printer: Printer) -> None:
     """Read lines and handle them until the end of the input: with editing and history at a terminal, else plainly."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        for line in sys.stdin:
-            session.handle(line.rstrip("\r\n"))
+        try:
+            for line in sys.stdin:
+                session.handle(line.rstrip("\r\n"))
+        except UnicodeDecodeError as error:
+            raise UserError("Standard input is not UTF-8 text.") from error
         return
     read = _line_editor()
     while True:

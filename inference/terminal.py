@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from io import TextIOWrapper
 from typing import TextIO
 
 from inference.engine import Piece
@@ -16,6 +17,8 @@ class Printer:
     """Writes text at once; on a terminal, control characters but newline and tab as visible symbols."""
 
     def __init__(self, stream: TextIO) -> None:
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a question mark
         self._stream = stream
         self._terminal = stream.isatty()
         self._at_line_start = True

@@ -68,7 +68,7 @@ def uncached(model: Transformer, request: Request) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [1, 5, 31, 32, 33, 100])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
 def test_cached_generation_equals_uncached_generation(kind: str, length: int) -> None:
     """Prompts below, at and beyond the context of 32 tokens, and texts that outgrow it."""
     for sampling in (SamplingSettings(temperature=0.0), SamplingSettings(0.9, 50, 0.95, 0.01, 1.2)):
@@ -94,7 +94,7 @@ requests_of_all_kinds = st.builds(
 )
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(st.lists(requests_of_all_kinds, min_size=1, max_size=6), st.integers(1, 4))
 def test_a_sequence_in_a_ragged_batch_equals_the_same_alone(requests: list[Request], slots: int) -> None:
     assert run(requests, slots) == [run([request])[0] for request in requests]

@@ -59,7 +59,7 @@ class Recorder(nn.Module):
         return torch.zeros(*inputs.shape, 100)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(2, 90), st.integers(1, 20), st.data())
 def test_every_token_but_the_first_is_scored_once_with_context(count: int, context: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, context))
@@ -165,13 +165,13 @@ def test_leaves_the_mode_of_the_model_and_turns_dropout_off() -> None:
 def test_interval_holds_the_truth_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
     hits = 0
-    for _ in range(100):
+    for _ in range(60):
         sizes = generator.integers(5, 50, size=60).astype(np.float64)
         losses = generator.normal(2.0, 0.5, size=60) * sizes
         interval = ratio_interval(losses, sizes)
         assert interval is not None
         hits += interval[0] <= 2.0 <= interval[1]
-    assert 0.87 <= hits / 100 <= 0.99
+    assert 0.85 <= hits / 60 <= 0.99
 
 
 def test_interval_is_deterministic_and_absent_where_it_would_mean_nothing() -> None:

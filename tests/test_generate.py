@@ -184,6 +184,7 @@ class FakeTerminal(io.StringIO):
         return True
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_prompt_is_continued_ends_the_command_with_130(workspace: Workspace) -> None:
     process = subprocess.Popen(
         command("scripts/generate.py", "--prompt", PROMPT, "--max-new-tokens", "1000000000", "--seed", "4"),
@@ -197,6 +198,19 @@ def test_ctrl_c_while_a_prompt_is_continued_ends_the_command_with_130(workspace:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in errors
+
+
+def test_lines_that_are_no_text_are_refused(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        generate()
+
+
+def test_a_terminal_that_is_not_utf8_gets_question_marks() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    Printer(stream).write("na\u00efve")
+    assert raw.getvalue() == b"na?ve"
 
 
 def test_samples_have_seeds_of_their_own_and_come_in_order(
