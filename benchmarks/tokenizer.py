@@ -68,8 +68,8 @@ def _measure(texts: list[str], config: TokenizerConfig, rounds: int) -> list[tup
     from data.tokenization.training import train
 
     backend = train(iter(texts), config).backend
-    encoders: dict[str, EncodeBatch] = {reference_name(backend): backend.encode_batch}
-    notes = {reference_name(backend): "reference"}
+    encoders: dict[str, EncodeBatch] = {reference_name(config.kind): backend.encode_batch}
+    notes = {reference_name(config.kind): "reference"}
     for name, make in CANDIDATES.get(config.kind, {}).items():
         encoders[name] = make(backend)
         failure = checked(backend, make)[1]

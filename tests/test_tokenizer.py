@@ -296,6 +296,10 @@ class TestEncoders:
         with pytest.raises(UserError, match=f"{encoder} cannot encode kind {kind}. Choose from: auto, "):
             load_tokenizer(folders[kind], encoder).encode_batch(["text"])
 
+    def test_that_is_said_before_the_training(self) -> None:
+        with pytest.raises(UserError, match="fastokens cannot encode kind sentencepiece-unigram"):
+            train_tokenizer(iter([]), tokenizer_config(kind="sentencepiece-unigram", encoder="fastokens"))
+
     @pytest.mark.parametrize("fault", ["other ids", "raises"])
     def test_auto_falls_back_with_one_line_of_warning(
         self,
@@ -515,6 +519,11 @@ class TestCommand:
         assert "documents, 20.0 kB, in" in other.stdout
         assert "made with that one no longer match" in other.stdout
         assert load_tokenizer(folder / "corpus" / "tokenizer").fingerprint != tokenizer.fingerprint
+
+    def test_a_folder_with_other_files_is_refused_before_the_training(self, folder: Path) -> None:
+        done = run_command("tokenizer.py", "--config", "recipe.yaml", "data.tokenizer_dir=.", folder=folder)
+        assert done.returncode == 1 and done.stdout == ""
+        assert "holds other files (corpus). Choose another data.tokenizer_dir." in done.stderr
 
     def test_a_mistake_leaves_the_tokenizer_that_was_there(self, folder: Path, folders: dict[str, Path]) -> None:
         arguments = ["--config", "recipe.yaml", "data.tokenizer.kind=sentencepiece-unigram"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from config.errors import UserError
 from data.tokenization.corpus import Corpus, open_corpus, training_texts
-from data.tokenization.storage import read_manifest
+from data.tokenization.storage import check_target, read_manifest
 from data.tokenization.training import limit_bytes, train
 
 if TYPE_CHECKING:
@@ -23,19 +24,24 @@ Show = Callable[[int, int | None], object]
 
 @dataclass(frozen=True)
 class Built:
-    """A new tokenizer, what it was trained on, and how long that took."""
+    """A new tokenizer, what it was trained on, what encodes with it, and how many seconds the training took."""
 
     tokenizer: Tokenizer
     corpus: Corpus
+    encoder: str
+    """The library that encodes with it, which has passed its check."""
     seconds: float
 
 
 def build(config: Config, show: Show) -> Built:
     """Train the tokenizer that `config` asks for on the sources in use.
 
-    `show` is called with the documents read and how many there will be; at last, when all are read, with None.
+    Nothing is written. Raises `UserError` for all that would keep the tokenizer from being saved or used, as far as it
+    can before the training. `show` is called with the documents read and how many there will be; at last, when all are
+    read, with None.
     """
     start = perf_counter()
+    check_target(Path(os.path.abspath(config.data.tokenizer_dir)))
     corpus = open_corpus(config.data)
 
     def advance(corpus: Corpus) -> None:
@@ -49,7 +55,8 @@ def build(config: Config, show: Show) -> Built:
         show(corpus.documents, None)
 
     tokenizer = _interruptible(lambda: train(shown(), config.data.tokenizer, config.model_dump()))
-    return Built(tokenizer, corpus, perf_counter() - start)
+    seconds = perf_counter() - start
+    return Built(tokenizer, corpus, tokenizer.encoder, seconds)
 
 
 def _interruptible(work: Callable[[], Tokenizer]) -> Tokenizer:

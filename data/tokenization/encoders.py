@@ -16,7 +16,7 @@ import numpy as np
 
 from config.errors import UserError
 from data.tokenization.probes import probe_texts
-from data.tokenization.protocol import Backend
+from data.tokenization.protocol import Backend, Kind
 from data.tokenization.special import SPACE
 
 if TYPE_CHECKING:
@@ -33,15 +33,12 @@ def choose_encoder(backend: Backend, wanted: str) -> tuple[str, EncodeBatch]:
     `auto` takes the first of `CANDIDATES` that passes the check, else the reference library, with one line of warning
     about those that failed. A named one that fails, or that does not know this kind of tokenizer, raises `UserError`.
     """
-    reference = reference_name(backend)
-    candidates = CANDIDATES.get(backend.kind, {})
+    check_encoder(backend.kind, wanted)
+    reference = reference_name(backend.kind)
     if wanted == reference:
         return reference, backend.encode_batch
-    if wanted != "auto" and wanted not in candidates:
-        allowed = ", ".join(["auto", reference, *candidates])
-        raise UserError(f"data.tokenizer.encoder={wanted} cannot encode kind {backend.kind}. Choose from: {allowed}.")
     failures: list[str] = []
-    for name, make in candidates.items():
+    for name, make in CANDIDATES.get(backend.kind, {}).items():
         if wanted not in ("auto", name):
             continue
         encode_batch, failure = checked(backend, make)
@@ -55,9 +52,17 @@ def choose_encoder(backend: Backend, wanted: str) -> tuple[str, EncodeBatch]:
     return reference, backend.encode_batch
 
 
-def reference_name(backend: Backend) -> str:
-    """The library that made `backend`, whose ids are right by definition."""
-    return "tokenizers" if backend.kind == "bpe" else "sentencepiece"
+def check_encoder(kind: Kind, wanted: str) -> None:
+    """Raise `UserError` where the encoder `wanted` does not know tokenizers of this kind."""
+    allowed = ["auto", reference_name(kind), *CANDIDATES.get(kind, {})]
+    if wanted not in allowed:
+        choices = ", ".join(allowed)
+        raise UserError(f"data.tokenizer.encoder={wanted} cannot encode kind {kind}. Choose from: {choices}.")
+
+
+def reference_name(kind: Kind) -> str:
+    """The library that trains tokenizers of this kind, whose ids are right by definition."""
+    return "tokenizers" if kind == "bpe" else "sentencepiece"
 
 
 def _warn(failures: list[str], chosen: str) -> None:
@@ -77,7 +82,7 @@ def checked(backend: Backend, make: Callable[[Backend], EncodeBatch]) -> tuple[E
         return None, f"failed ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
     for text, ids in zip(probes, found, strict=True):
         if ids.tolist() != backend.encode(text):
-            return None, f"gives other ids than {reference_name(backend)} for {text[:40]!r}"
+            return None, f"gives other ids than {reference_name(backend.kind)} for {text[:40]!r}"
     return encode_batch, ""
 
 

@@ -63,10 +63,12 @@ def print_report(built: Built, config: TokenizerConfig, before: str | None) -> N
     special = f"{len(tokenizer.special_tokens)} of them special"
     print(f"vocabulary   {tokenizer.vocab_size:,} tokens, {special}{few * (tokenizer.vocab_size < config.vocab_size)}")
     texts = corpus.held_out or corpus.first
-    where = f"{len(texts):,} documents kept back for this" if corpus.held_out else "the training text, which is short"
+    kept_back = f"{len(texts):,} document{'s' * (len(texts) > 1)} kept back for this"
+    where = kept_back if corpus.held_out else "the training text, which is short"
     print(f"compression  {bytes_per_token(tokenizer, texts):.2f} bytes per token, on {where}")
+    print(f"encoder      {built.encoder}")
     console = Console(highlight=False)
-    for number, line in enumerate(sample_lines(texts)):
+    for number, line in enumerate(sample_lines([*corpus.held_out, *corpus.first])):
         label = Text("             " if number else "samples      ")
         console.print(label + split_text(tokenizer, line), soft_wrap=True)
     if before == tokenizer.fingerprint:

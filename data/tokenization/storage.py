@@ -40,7 +40,7 @@ class TokenizerManifest(BaseModel):
 
 def read_manifest(directory: Path) -> TokenizerManifest:
     """The manifest of the tokenizer in `directory`; `UserError` where there is none or it is not readable."""
-    recover_directory(directory)
+    recover_directory(Path(os.path.abspath(directory)))
     path = directory / MANIFEST
     if not path.is_file():
         raise UserError(f"There is no tokenizer in {directory}. Run {TRAIN_COMMAND}.")
@@ -79,19 +79,24 @@ def read_chat_template(directory: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def check_target(directory: Path) -> None:
+    """Raise `UserError` where `directory` holds what is no part of a tokenizer, and so must not be replaced."""
+    known = {MANIFEST, TOKENIZER_CONFIG, SETTINGS, *MODEL_FILES.values()}
+    if directory.exists():
+        found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else [directory.name]
+        foreign = [name for name in found if name not in known]
+        if foreign:
+            raise UserError(f"{directory} holds other files ({foreign[0]}). Choose another data.tokenizer_dir.")
+
+
 def write_tokenizer(directory: Path, files: dict[str, bytes]) -> None:
     """Make `directory` a folder of exactly `files`, all at once; a tokenizer that was there is replaced.
 
-    Raises `UserError` where the folder holds anything that is no part of a tokenizer, rather than delete it.
+    Raises `UserError` where `check_target` does, and on a full disk.
     """
     directory = Path(os.path.abspath(directory))
     recover_directory(directory)
-    known = {MANIFEST, TOKENIZER_CONFIG, SETTINGS, *MODEL_FILES.values()}
-    if directory.exists():
-        foreign = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else [directory.name]
-        foreign = [name for name in foreign if name not in known]
-        if foreign:
-            raise UserError(f"{directory} holds other files ({foreign[0]}). Choose another data.tokenizer_dir.")
+    check_target(directory)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         with disk_errors(directory):

@@ -9,6 +9,7 @@ from config.errors import UserError
 from config.schema import TokenizerConfig
 from data.tokenization.byte_level import train_byte_level
 from data.tokenization.chat import DEFAULT_TEMPLATE, TEMPLATE_TOKENS
+from data.tokenization.encoders import check_encoder
 from data.tokenization.protocol import Backend
 from data.tokenization.special import check_special_tokens
 from data.tokenization.subword import SubwordTokenizer
@@ -17,6 +18,7 @@ from data.tokenization.subword import SubwordTokenizer
 def train(texts: Iterator[str], config: TokenizerConfig, settings: dict[str, Any] | None = None) -> SubwordTokenizer:
     """See `data.tokenization.train_tokenizer`."""
     check_special_tokens(config.special_tokens)
+    check_encoder(config.kind, config.encoder)
     counted = _Counted(limit_bytes(texts, config.max_training_bytes))
     backend: Backend
     if config.kind == "bpe":
