@@ -91,26 +91,13 @@ def _sampler(job: Pretraining) -> Callable[[Transformer], str] | None:
 
     from data.tokenization import load_tokenizer
     from data.tokens import check_tokens
-    from inference.engine import Engine, Request
-    from inference.sampling import SamplingSettings
+    from inference.prompting import sample_text
 
     tokenizer = load_tokenizer(Path(config.data.tokenizer_dir))
     check_tokens(job.source.tokens.manifest, tokenizer.fingerprint, tokenizer.vocab_size)
-    prompt = tokenizer.encode(config.training.sample_prompt)
-    settings = config.generation
-    request = Request(
-        prompt=prompt,
-        max_new_tokens=min(settings.max_new_tokens, max(1, config.model.context_length - len(prompt))),
-        sampling=SamplingSettings(
-            settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty
-        ),
-        stop=settings.stop,
-    )
 
     def sample(model: Transformer) -> str:
-        model.eval()
-        pieces = Engine(model, tokenizer).generate([request])
-        return config.training.sample_prompt + "".join(piece.text for piece in pieces)
+        return sample_text(model, tokenizer, config.training.sample_prompt, config.generation)
 
     return sample
 
