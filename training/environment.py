@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -22,6 +23,20 @@ def calm_threads() -> None:
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("KMP_BLOCKTIME", "1")
+
+
+def keep_freed_memory() -> None:
+    """Let the C allocator keep the memory of freed tensors for the next ones, on Linux; do it before training on a CPU.
+
+    By default glibc gives every large block back to the system and fetches it anew a moment later, page by page: in a
+    step of the demo that was 10,000 page faults and a sixth of the time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+        mallopt(mmap_threshold, 32 * 2**20)  # the largest that glibc accepts
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 64 * 2**20)
 
 
 def describe() -> dict[str, Any]:

@@ -32,6 +32,7 @@ from model.transformer import Transformer
 from training import randomness
 from training.console import Console, count, duration
 from training.distributed import Process, gradient_sync, open_process, parallelise
+from training.environment import keep_freed_memory
 from training.meter import Meter
 from training.optimizers import Optimizers, make_optimizers
 from training.plan import Plan, make_plan
@@ -92,6 +93,7 @@ def train(
     is finite any more, and where the last checkpoint cannot be written.
     """
     training = config.training
+    keep_freed_memory()
     with open_process(training.device) as process, catch_signals() as signals:
         plan = make_plan(config, len(source), process.world_size)
         precision = Precision(training.precision, process.device)
