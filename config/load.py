@@ -60,10 +60,15 @@ def _layers(
 
 
 def config_from_dict(tree: dict[str, Any], origin: str) -> Config:
-    """Validate a configuration that was saved earlier, from a checkpoint or a snapshot; `origin` is named in errors."""
+    """Validate a configuration that was saved earlier, from a checkpoint or a snapshot; `origin` is named in errors.
+
+    A key that did not exist yet when it was saved has its default.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
+        if any(item["type"] == "missing" for item in error.errors()) and "variant" in tree.get("model", {}):
+            return load_config(saved=(origin, tree))
         raise UserError(_explain(error, [(origin, tree)])) from error
 
 

@@ -154,6 +154,12 @@ class TestSnapshots:
         with pytest.raises(UserError, match="model_step_5.pt: training.warmup: there is no such key"):
             config_from_dict(tree, "model_step_5.pt")
 
+    def test_a_snapshot_from_before_a_key_existed_gets_its_default(self) -> None:
+        config = load_config([], ["training.seed=7", "data.use=[tinystories]", "model.variant=gpt2-small"])
+        tree = config.model_dump()
+        del tree["training"]["adamw"]["eps"], tree["data"]["finetuning"], tree["generation"]["top_k"]
+        assert config_from_dict(tree, "model_step_5.pt") == config
+
     def test_the_configuration_is_frozen(self) -> None:
         with pytest.raises(ValueError):
             load_config().training.seed = 3
