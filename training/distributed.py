@@ -54,9 +54,13 @@ class Process:
             dist.all_reduce(tensor)
         return tensor
 
-    def wait_for_all(self) -> None:
-        """Return once every process has come here."""
-        self.total(0)
+    def fail_together(self, error: UserError | None) -> None:
+        """Return if no process has an error; else the first that has raises its own, and the others end in silence."""
+        first = self.world_size - self.largest(0 if error is None else self.world_size - self.rank)
+        if first == self.rank and error is not None:
+            raise error
+        if first < self.world_size:
+            raise SystemExit(1)
 
 
 @contextmanager
@@ -101,7 +105,7 @@ def parallelise(model: nn.Module, process: Process) -> nn.Module:
     """Let `model`'s backward pass average the gradients over all processes."""
     if process.world_size == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:

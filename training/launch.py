@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,8 @@ def launch(script: Path, arguments: Sequence[str], machines: Machines, share_cor
     cores are divided among the processes of this machine. The status is that of the first process that failed, or 128
     and the signal.
     """
+    # The launcher's own account of a failed process would bury the one sentence that the process has printed.
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -74,8 +78,11 @@ def launch(script: Path, arguments: Sequence[str], machines: Machines, share_cor
     except SignalException as error:
         return 128 + int(error.sigval)
     except ChildFailedError as error:
-        status = int(error.get_first_failure()[1].exitcode)
-        return status if status >= 0 else 128 - status
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        print(f"error: process {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        return 128 - failure.exitcode
     return 0
 
 

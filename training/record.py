@@ -17,7 +17,7 @@ class Record:
 
     def __init__(self, config: Config, directory: Path, console: Console, state: dict[str, Any]) -> None:
         training = config.training
-        self._config, self._console = config, console
+        self._config = config
         self.checkpoints = Checkpoints(
             Path(training.checkpoint_dir),
             directory.name,
@@ -29,15 +29,14 @@ class Record:
         self.checkpoints.set_aside_others(step, console.say)
         self.tracker = Tracker(directory, config, console.say, step, state.get("wandb_id"))
 
-    def save(self, state: dict[str, Any], final: bool) -> None:
-        """Write a checkpoint. Where that fails the run goes on, unless it was the `final` one (`UserError`)."""
+    def save(self, state: dict[str, Any]) -> UserError | None:
+        """Write a checkpoint; returns what kept it from being written, such as a full disk, if anything did."""
         state = {**state, "config": self._config.model_dump(), "wandb_id": self.tracker.wandb_id}
         try:
             self.checkpoints.save(state)
         except UserError as error:
-            if final:
-                raise
-            self._console.say(f"warning: {error} Training goes on, and tries again at the next checkpoint.")
+            return error
+        return None
 
     def close(self) -> None:
         """Finish the picture and Weights & Biases."""

@@ -1,0 +1,236 @@
+"""The training loop, for pre-training and fine-tuning, on one process or many.
+
+A step, in the order of the code:
+
+1. The loader gives this process its rows of the global batch, and the processes tell one another how many targets of
+   the whole batch are valid. That number travels between the hosts; no device is waited for.
+2. Each micro-batch adds the gradient of its *summed* loss over that global count. So every valid token weighs the same,
+   in whichever micro-batch or process it lies, however many of its neighbours are masked.
+3. Gradients are clipped by their global norm. A step whose norm is not finite is left out by the optimizers, on the
+   device; one without a valid token is left out before the forward pass. Both are counted.
+
+Between two log lines nothing is read back from the device. Whatever changes over the run is a pure function of the
+step, so a checkpoint needs to remember no more than where the run stands.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from config.errors import UserError
+from config.schema import Config
+from data.data_loader import IGNORED, Batch, DataLoader, SampleSource
+from model.transformer import Transformer
+from training import randomness
+from training.console import Console, count, duration
+from training.distributed import Process, gradient_sync
+from training.meter import Meter
+from training.optimizers import Optimizers
+from training.plan import Plan
+from training.precision import Precision
+from training.record import Record
+from training.schedules import piece_length, rate_factor
+from training.setup import Progress
+from training.signals import StopSignals
+
+LOST_AFTER = 30  # updates in a row without a finite gradient
+
+
+class Evaluated(Protocol):
+    """The result of an evaluation: at least the mean loss in nats per token, over the shares of all processes."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+
+
+Evaluate = Callable[[Transformer, int, int], Evaluated]  # model, rank, world size
+Sample = Callable[[Transformer], str]
+
+
+@dataclass
+class Loop:
+    """The parts of a run, and the loop over its steps. `forward` is `model`, compiled and parallel as need be."""
+
+    config: Config
+    plan: Plan
+    process: Process
+    precision: Precision
+    model: Transformer
+    forward: nn.Module
+    optimizers: Optimizers
+    progress: Progress
+    meter: Meter
+    console: Console
+    record: Record | None
+    signals: StopSignals
+    evaluate: Evaluate
+    sampler: Sample | None
+    tokenizer_fingerprint: str
+    finetuning: dict[str, Any] | None
+    validation_loss: float | None
+    lost: int = 0
+    reading: str = ""
+
+    def run(self, source: SampleSource) -> int | None:
+        """Take every step that is left; returns the signal that ended the run before its last one, if any did."""
+        training, plan, process = self.config.training, self.plan, self.process
+        loader = DataLoader(
+            source,
+            batch_size=plan.batch_size,
+            seed=training.seed,
+            rank=process.rank,
+            world_size=process.world_size,
+            cursor=self.progress.step * plan.batch_size,
+            prefetch_batches=self.config.data.loader.prefetch_batches,
+            pin_memory=process.device.type == "cuda",
+        )
+        gc.collect()
+        gc.freeze()
+        try:
+            for step in range(self.progress.step + 1, plan.steps + 1):
+                self._update(step, next(loader))
+                self.progress.step = step
+                stopped_by = process.largest(self.signals.received or 0) or None
+                last = step == plan.steps or stopped_by is not None
+
+                saving = last or step % training.checkpoint_interval == 0
+                judging = step == plan.steps or step % training.eval_interval == 0 or (saving and training.keep_best)
+                loss = self._validate() if judging and not stopped_by else None
+                if judging or saving or step % training.log_interval == 0:
+                    self._log(step, loss)
+                if training.sample_interval and (step % training.sample_interval == 0 or step == plan.steps):
+                    self._sample(step)
+                if saving:
+                    self._save(loader.cursor, loss, final=last)
+                if stopped_by:
+                    return stopped_by
+                self.console.status(f"step {step}/{plan.steps}{self.reading}")
+            return None
+        finally:
+            gc.unfreeze()
+            loader.close()
+
+    def _update(self, step: int, batch: Batch) -> None:
+        """One optimizer step over the global batch of which `batch` is this process's share, (rows, time) each."""
+        training, plan, process, device = self.config.training, self.plan, self.process, self.process.device
+        length = piece_length(training.short_sequences, step, plan.steps, plan.sequence_length)
+        self.meter.add(plan.tokens_per_step, self.model.flops_per_token(length))
+        valid = process.total(int((batch.targets != IGNORED).sum()))
+        if valid == 0:
+            self.progress.empty_steps += 1
+            return
+        self.optimizers.set_rate_factor(rate_factor(training.schedule, step, plan.steps))
+        if self.config.model.dropout > 0:
+            randomness.seed_step(training.seed, step, process.rank)
+
+        inputs, targets = (part.to(device, non_blocking=True) for part in batch)
+        micro_batches = list(zip(inputs.chunk(plan.micro_batches), targets.chunk(plan.micro_batches), strict=True))
+        loss_sum = torch.zeros((), device=device)
+        for number, (tokens, wanted) in enumerate(micro_batches, start=1):
+            with gradient_sync(self.forward, enabled=number == len(micro_batches)):
+                with self.precision.autocast():
+                    loss: Tensor = self.forward(tokens.view(-1, length), wanted.view(-1, length))
+                # DistributedDataParallel averages over the processes, the sum over them is wanted.
+                scaled = self.precision.scaler.scale(loss * (process.world_size / valid))
+                scaled.backward()  # type: ignore[no-untyped-call]
+            loss_sum += loss.detach()
+
+        norm = self._clip()
+        skip = ~torch.isfinite(norm)
+        self.optimizers.step(skip)
+        if self.precision.scaler.is_enabled():
+            self.precision.scaler.update()
+        self.optimizers.zero_grad()
+        self.meter.add_loss(loss_sum, valid, norm, skip)
+
+    def _clip(self) -> Tensor:
+        """Scale the gradients down to `gradient_clip`; returns their norm before, a scalar on the device."""
+        for part in self.optimizers.parts.values():
+            self.precision.scaler.unscale_(part)
+        parameters = self.optimizers.parameters
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.training.gradient_clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.training.gradient_clip, norm)
+        return norm
+
+    def _validate(self) -> float:
+        with self.meter.aside(), randomness.undisturbed():
+            self.validation_loss = self.evaluate(self.model, self.process.rank, self.process.world_size).loss
+            self.model.train()
+        return self.validation_loss
+
+    def _log(self, step: int, validation_loss: float | None) -> None:
+        reading = self.meter.read()
+        self.progress.non_finite_steps += reading.non_finite
+        if reading.attempted:
+            self.lost = self.lost + reading.attempted if reading.non_finite == reading.attempted else 0
+        if self.lost >= LOST_AFTER:
+            error = UserError(
+                f"The gradient has not been finite since step {step - self.lost + 1}: the run has diverged. Resume an "
+                "earlier checkpoint with a lower training.adamw.learning_rate or training.muon.learning_rate."
+            )
+            self.process.fail_together(error)
+        left = duration((self.plan.steps - step) * reading.seconds_per_step)
+        shown = "    -" if reading.loss is None else f"{reading.loss:.3f}"
+        self.reading = f"  loss {shown}  {count(reading.tokens_per_second)} tok/s  MFU {reading.mfu:.0%}  ETA {left}"
+        self.console.progress(f"step {step}/{self.plan.steps}{self.reading}")
+        if validation_loss is not None:
+            self.console.say(f"step {step}/{self.plan.steps}  validation loss {validation_loss:.4f}")
+        if self.record is None:
+            return
+        row = {
+            "step": step,
+            "tokens": step * self.plan.tokens_per_step,
+            "loss": reading.loss,
+            "validation_loss": validation_loss,
+            "learning_rate": self.optimizers.learning_rate,
+            "gradient_norm": reading.gradient_norm,
+            "tokens_per_second": reading.tokens_per_second,
+            "mfu": reading.mfu,
+            "seconds": self.progress.elapsed(),
+            "skipped_steps": self.progress.empty_steps + self.progress.non_finite_steps,
+        }
+        with self.meter.aside():
+            self.record.tracker.log(row)
+            if validation_loss is not None:
+                self.record.tracker.draw()
+
+    def _sample(self, step: int) -> None:
+        if self.record is None or self.sampler is None:
+            return
+        with self.meter.aside(), randomness.undisturbed():
+            text = self.sampler(self.model)
+            self.model.train()
+        self.record.tracker.sample(step, text)
+        self.console.say(f"step {step}/{self.plan.steps}  sample: {text}")
+
+    def _save(self, cursor: int, validation_loss: float | None, final: bool) -> None:
+        error = None
+        if self.record is not None:
+            with self.meter.aside():
+                error = self.record.save(self._state(cursor, validation_loss))
+        if final:
+            self.process.fail_together(error)
+        elif error is not None:
+            self.console.say(f"warning: {error} Training goes on, and tries again at the next checkpoint.")
+
+    def _state(self, cursor: int, validation_loss: float | None) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizers.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "rng": randomness.capture(),
+            "step": self.progress.step,
+            "cursor": cursor,
+            "progress": self.progress.state_dict(),
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            "finetuning": self.finetuning,
+            "validation_loss": validation_loss,
+        }
