@@ -181,7 +181,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Its counterpart: quotes the text `1e-4`, which would read back as a number."""
+    """Its counterpart: quotes the text `1e-4`, which would read back as a number, and escapes Unicode's line breaks."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """A line break other than a line feed would read back as one."""
+        style = '"' if any(character in text for character in "\r\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 for _kind in (_UniqueKeyLoader, _Dumper):

@@ -135,7 +135,7 @@ class TestSnapshots:
         name=st.one_of(st.sampled_from(["1e5", "3", "null", "yes", "a: b", "#", "- x", "..."]), plain_text),
         rate=st.floats(1e-30, 1e30, allow_nan=False),
         layers=st.integers(1, 10**6),
-        stop=st.lists(plain_text, max_size=3),
+        stop=st.lists(st.one_of(st.sampled_from(["\r", "\x85", "a\u2028b", "\u2029"]), plain_text), max_size=3),
     )
     def test_any_value_survives_the_round_trip(self, name: str, rate: float, layers: int, stop: list[str]) -> None:
         tree: dict[str, Any] = load_config().model_dump()
