@@ -9,18 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """Base of every part of the configuration: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(gt=0.0)]
+from config.quality import LanguageConfig, QualityConfig
+from config.section import Fraction, PositiveInt, Rate, Section
 
 
 class ModelConfig(Section):
@@ -236,6 +228,17 @@ class CleanConfig(Section):
     unicode_nfc: bool
     control_characters: bool
     ftfy: bool
+    html: Literal["off", "pages", "all"]
+    whitespace: bool
+    mask_emails: bool
+    mask_ips: bool
+    keep_code: bool
+
+    @field_validator("html", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, html: object) -> object:
+        """YAML reads a bare `off` as false."""
+        return "off" if html is False else html
 
 
 class FilterConfig(Section):
@@ -250,6 +253,8 @@ class PreprocessConfig(Section):
 
     clean: CleanConfig
     filter: FilterConfig
+    language: LanguageConfig
+    quality: QualityConfig
     exact_deduplication: bool
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
     max_bad_fraction: Fraction

@@ -44,10 +44,12 @@ def fingerprint(data: DataConfig, raw: Sequence[RawManifest], tokenizer: Tokeniz
         }
         for name, manifest in zip(data.use, raw)
     ]
+    bad_words = data.preprocess.quality.c4.bad_words_file
     identity = {
         "version": VERSION,
         "settings": recorded_settings(data),
         "inputs": inputs,
+        "bad_words": _checksum(Path(bad_words)) if bad_words else None,
         "tokenizer": [tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_text_id],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

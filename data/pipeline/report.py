@@ -23,6 +23,7 @@ def funnel_rows(funnel: Funnel) -> list[tuple[str, str, str, str]]:
         *[row(f"unreadable: {reason}", count) for reason, count in sorted(funnel.bad.items())],
         row("read", funnel.read.documents, funnel.read.bytes),
         row("mended", funnel.cleaned.documents, -funnel.cleaned.bytes),
+        *([row("trimmed", funnel.trimmed.documents, -funnel.trimmed.bytes)] if funnel.trimmed.documents else []),
         *[row(f"dropped: {rule}", drop.documents, -drop.bytes) for rule, drop in sorted(funnel.dropped.items())],
         row("kept", funnel.kept.documents, funnel.kept.bytes),
     ]

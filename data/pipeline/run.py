@@ -197,7 +197,10 @@ def _remaining(funnels: list[Funnel]) -> tuple[int, int]:
     whole = total(funnels)
     return (
         whole.read.documents - sum(count.documents for count in whole.dropped.values()),
-        whole.read.bytes - whole.cleaned.bytes - sum(count.bytes for count in whole.dropped.values()),
+        whole.read.bytes
+        - whole.cleaned.bytes
+        - whole.trimmed.bytes
+        - sum(count.bytes for count in whole.dropped.values()),
     )
 
 
@@ -211,7 +214,7 @@ def _check_something_left(funnels: list[Funnel]) -> None:
     rule, count = max(whole.dropped.items(), key=lambda item: item[1].documents)
     raise UserError(
         f"None of the {whole.read.documents:,} documents is left: the rule {rule!r} dropped {count.documents:,}. "
-        "Change data.preprocess.filter, or add text."
+        "Change that rule in data.preprocess, or add text."
     )
 
 

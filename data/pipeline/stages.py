@@ -28,6 +28,8 @@ from data.pipeline.batches import count_by, count_dropped, read_batches, text_by
 from data.pipeline.clean import clean
 from data.pipeline.executor import Stage, advance
 from data.pipeline.keys import add_keys, drop_duplicates, key_range
+from data.pipeline.language import RULE as LANGUAGE
+from data.pipeline.language import check_languages, in_other_language
 from data.pipeline.rules import apply_rules, length_rules
 from data.pipeline.runs import read_range, run_writer
 from data.pipeline.shards import FilePlan, assemble, write_shard
@@ -53,6 +55,11 @@ class CleanStage(Stage):
         super().__init__()
         self.data = data
         self.folder = folder
+        check_languages(data.preprocess.language)
+        if data.preprocess.quality.enabled:
+            from data.quality.rules import prepare
+
+            prepare(data.preprocess.quality)
 
     def work(self, part: int, parts: int) -> None:
         settings = self.data.preprocess
@@ -74,6 +81,16 @@ class CleanStage(Stage):
                 funnel.cleaned.add(changed, removed)
                 frame, dropped = apply_rules(frame, rules)
                 count_dropped(funnels, dropped)
+                if settings.language.allowed:
+                    other = pl.Series(in_other_language(frame["text"], settings.language))
+                    count_dropped(funnels, frame.filter(other).with_columns(pl.lit(LANGUAGE).alias("rule")))
+                    frame = frame.filter(~other)
+                if settings.quality.enabled:
+                    from data.quality.rules import apply_quality
+
+                    frame, dropped, *trimmed = apply_quality(frame, settings.quality)
+                    funnel.trim(*trimmed)
+                    count_dropped(funnels, dropped)
                 frame = add_keys(frame, self.data.seed)
                 hashes = lowest(np.append(hashes, frame["split"].to_numpy()), settings.validation_fraction)
                 runs.add(frame)

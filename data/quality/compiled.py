@@ -1,0 +1,48 @@
+"""Compiling kernels with numba, once for each state of this folder's code.
+
+Numba keeps machine code from run to run, but looks only at the file of the function itself to see whether it still
+holds, not at what that calls. So it is kept in a folder named after the content of all files here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+from numba.core import config
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+HERE = Path(__file__).parent
+
+
+def kernel(function: Function) -> Function:
+    """Compile `function` when it is first called; without bounds checks, and division by zero gives inf or nan."""
+    folder = _folder()
+    before = getattr(config, "CACHE_DIR")
+    try:
+        setattr(config, "CACHE_DIR", folder or before)
+        return cast(Function, numba.njit(cache=folder is not None, error_model="numpy")(function))
+    finally:
+        setattr(config, "CACHE_DIR", before)
+
+
+@lru_cache(maxsize=1)
+def _folder() -> str | None:
+    """Where machine code is kept: beside the code, else in the user's cache, or nowhere if neither can be written."""
+    digest = hashlib.sha256()
+    for path in sorted(HERE.glob("*.py")):
+        digest.update(path.read_bytes())
+    for base in (HERE / "__pycache__", Path(os.path.expanduser("~"), ".cache", "quern")):
+        folder = base / f"kernels-{digest.hexdigest()[:16]}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return str(folder)
+    return None
