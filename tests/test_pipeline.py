@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from config.errors import UserError
 from config.load import load_config
-from config.schema import CleanConfig, FilterConfig
+from config.schema import FilterConfig
 from data.documents import BadRecord, Document
 from data.funnel import Funnel, total
 from data.pipeline.bad_records import first_harmful, merge_quarantine, write_quarantine
@@ -29,8 +29,8 @@ from data.tokenization import Tokenizer
 from tests.recorder import Recorder
 from tests.workspace import small_tokenizer
 
-ALL = CleanConfig(unicode_nfc=True, control_characters=True, ftfy=True)
-PLAIN = CleanConfig(unicode_nfc=True, control_characters=True, ftfy=False)
+PLAIN = load_config().data.preprocess.clean
+ALL = PLAIN.model_copy(update={"ftfy": True})
 
 
 def frame(*texts: str, source: int = 0) -> pl.DataFrame:
@@ -63,7 +63,7 @@ class TestClean:
         assert "â€™" in cleaner(PLAIN)("donâ€™t")
 
     def test_each_part_can_be_switched_off(self) -> None:
-        nothing = CleanConfig(unicode_nfc=False, control_characters=False, ftfy=False)
+        nothing = PLAIN.model_copy(update={"unicode_nfc": False, "control_characters": False})
         assert cleaner(nothing)("e\u0301\x07\r\n") == "e\u0301\x07\r\n"
 
     def test_counts_what_changed(self) -> None:
