@@ -6,6 +6,7 @@ arguments are understood, so `--help` and a wrong option answer at once.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -45,7 +46,8 @@ PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the res
 def run(function: Callable[..., Any], arguments: Sequence[str] | None = None) -> None:
     """Run `function` as a typer command; exit 0, or 1 with one message on a `UserError`, or 130 on Ctrl-C."""
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    app.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})(function)
+    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+    app.command(help=_paragraphs(function), context_settings=settings)(function)
     try:
         app(args=list(arguments) if arguments is not None else None)
     except UserError as error:
@@ -57,6 +59,12 @@ def run(function: Callable[..., Any], arguments: Sequence[str] | None = None) ->
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _paragraphs(function: Callable[..., Any]) -> str:
+    """The docstring with each paragraph on one line, so that the terminal and not the source decides where it wraps."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def resolve(
