@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -131,17 +132,25 @@ def talk(session: Session, printer: Printer) -> None:
             raise UserError("Standard input is not UTF-8 text.") from error
         return
     read = _line_editor()
-    while True:
-        try:
-            line = read()
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
-            return
-        try:
-            session.handle(line)
-        except KeyboardInterrupt:
-            printer.end_line()
+    # Outside of the two places that are made for it, an impatient second Ctrl-C must not end the program.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        while True:
+            try:
+                line = read()
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return
+            try:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                session.handle(line)
+            except KeyboardInterrupt:
+                printer.end_line()
+            finally:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _line_editor() -> Callable[[], str]:

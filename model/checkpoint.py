@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from config.errors import UserError
@@ -121,9 +122,9 @@ def load_model(
 ) -> tuple[Transformer, CheckpointInfo]:
     """The model of a checkpoint, in evaluation mode on `device`, its weights cast to `dtype` if given."""
     state = load_checkpoint(path)
-    config = checkpoint_config(path, state)
+    config = checkpoint_model_config(path, state)
     with torch.device("meta"):
-        model = Transformer(config.model)
+        model = Transformer(config)
     if dtype is not None:
         model = model.to(dtype)
     model.to_empty(device=device)
@@ -145,12 +146,25 @@ def checkpoint_config(path: Path, state: dict[str, Any]) -> Config:
     return config_from_dict(state["config"], str(path))
 
 
+def checkpoint_model_config(path: Path, state: dict[str, Any]) -> ModelConfig:
+    """The model's part of it alone, so that settings of other rooms that came or went since then do not matter."""
+    try:
+        return ModelConfig.model_validate(state["config"]["model"])
+    except (KeyError, TypeError, ValidationError) as error:
+        keys = [str(item["loc"][0]) for item in error.errors() if item["loc"]] if hasattr(error, "errors") else []
+        named = f" (model.{', model.'.join(keys)})" if keys else ""
+        raise UserError(
+            f"{path} was written by another version of this program: the configuration of its model is not "
+            f"understood here{named}."
+        ) from error
+
+
 def load_weights(model: Transformer, state: dict[str, Any], path: Path) -> None:
     """Copy the weights of a loaded checkpoint into `model`.
 
     Raises `UserError` naming every setting in which the two models differ.
     """
-    require_same_model(checkpoint_config(path, state).model, model.config, path)
+    require_same_model(checkpoint_model_config(path, state), model.config, path)
     weights: dict[str, Tensor] = state["model"]
     own = model.state_dict()
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in weights.items()}:

@@ -107,7 +107,7 @@ def _evaluate(
             tokens,
             context_length=context,
             stride=stride,
-            batch_size=batch_size or default_batch_size(context, tokenizer.vocab_size),
+            batch_size=batch_size or default_batch_size(context, tokenizer.vocab_size, process.device),
             device=process.device,
             token_bytes=tokenizer.token_bytes(),
             block_ends=files.document_ends if files is not None and len(files.document_ends) >= FEWEST_BLOCKS else None,

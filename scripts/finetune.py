@@ -144,7 +144,7 @@ def _evaluator(job: Finetuning) -> Callable[[Transformer, int, int], Evaluation]
         return evaluate_samples(
             model,
             job.validation,
-            batch_size=default_batch_size(job.validation.length, model.config.padded_vocab_size),
+            batch_size=default_batch_size(job.validation.length, model.config.padded_vocab_size, device),
             device=device,
             rank=rank,
             world_size=world_size,

@@ -71,7 +71,7 @@ def _evaluator(job: Pretraining) -> Callable[[Transformer, int, int], Evaluation
             tokens,
             context_length=length,
             stride=length,
-            batch_size=default_batch_size(length, model.config.padded_vocab_size),
+            batch_size=default_batch_size(length, model.config.padded_vocab_size, device),
             device=device,
             max_tokens=config.training.eval_tokens,
             rank=rank,

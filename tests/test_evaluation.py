@@ -207,9 +207,10 @@ def test_one_token_is_too_few() -> None:
 
 
 def test_default_batch_keeps_the_logits_small() -> None:
-    assert default_batch_size(256, 4096) == 64
-    assert default_batch_size(1024, 50257) == 2
-    assert default_batch_size(8192, 200_000) == 1
+    assert default_batch_size(256, 4096, "cpu") == 4
+    assert default_batch_size(256, 4096, "cuda") == 64
+    assert default_batch_size(1024, 50257, "cuda") == 2
+    assert default_batch_size(8192, 200_000, "cuda") == default_batch_size(1024, 50257) == 1
 
 
 @pytest.fixture(scope="module")

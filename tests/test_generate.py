@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -86,6 +87,23 @@ def line(text: str) -> str:
     return text if text.endswith("\n") else text + "\n"
 
 
+def test_settings_that_came_or_went_since_then_do_not_matter_to_a_model(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = workspace.config.model_dump()
+    del config["generation"]["min_p"]
+    config["data"]["preprocess"]["of_another_version"] = 1
+    other = make_workspace(workspace.folder / "version", config=config)
+    generate(prompt=PROMPT, seed=3, max_new_tokens=20, checkpoint=str(other.checkpoint))
+    assert capsys.readouterr().out == line(PROMPT + continuation(workspace, workspace.tokenizer.encode(PROMPT)))
+
+    del config["model"]["norm"]
+    shutil.rmtree(other.folder)
+    unknown = make_workspace(workspace.folder / "version", config=config)
+    with pytest.raises(UserError, match=r"another version of this program.*model\.norm"):
+        generate(prompt=PROMPT, checkpoint=str(unknown.checkpoint))
+
+
 class Terminal:
     """The command on a pseudo-terminal, as a person has it."""
 
@@ -111,7 +129,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 90) -> str:
+    def wait_for(self, pattern: str, seconds: float = 150) -> str:
         """All that was shown up to the first match after the last one waited for."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.shown, re.DOTALL)):
@@ -158,14 +176,14 @@ def test_interactive_mode_at_a_terminal(workspace: Workspace) -> None:
         terminal.wait_for("max_new_tokens = 1000000000.*quern>")
         terminal.type("endless\r")
         terminal.wait_for("endless.*\n.{200}")
-        terminal.type("\x03")
+        terminal.type("\x03\x03")
         terminal.wait_for("quern>")
         terminal.type("\x03")
         terminal.wait_for("quern>")
         terminal.type("/help\r")
         terminal.wait_for("Ctrl-D leaves.*quern>")
         terminal.type("\x04")
-        assert terminal.process.wait(30) == 0
+        assert terminal.process.wait(60) == 0
     finally:
         terminal.close()
     kept = history.read_text()

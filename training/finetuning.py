@@ -18,7 +18,7 @@ from data.examples.reading import Example, format_of, read_examples
 from data.examples.samples import ExampleSamples, hold_out, refuse_shared_prompts
 from data.tokenization import Tokenizer
 from data.tokenization.matching import matching_tokenizer
-from model.checkpoint import checkpoint_config, load_checkpoint, require_same_model, resolve_checkpoint
+from model.checkpoint import checkpoint_model_config, load_checkpoint, require_same_model, resolve_checkpoint
 from training.plan import sequence_length
 from training.resume import run_config
 
@@ -79,7 +79,7 @@ def starting_config(asked: Asked) -> tuple[Config, Path, Path | None]:
         return config, Path(about["start"]), resume
     start = resolve_checkpoint(asked.start or "latest", Path(load_config().training.checkpoint_dir))
     state = load_checkpoint(start)
-    saved = checkpoint_config(start, state).model
+    saved = checkpoint_model_config(start, state)
     config = load_config([RECIPE, *asked.recipes], asked.overrides, saved=(str(start), {"model": saved.model_dump()}))
     require_same_model(saved, config.model, start)
     return config, start, None
