@@ -68,6 +68,7 @@ def apply_quality(frame: pl.DataFrame, config: QualityConfig) -> Judged:
 
 def prepare(config: QualityConfig) -> None:
     """Compile what is switched on, so that workers find it compiled; `UserError` where a file cannot be read."""
+    bad_words.load.cache_clear()
     apply_quality(pl.DataFrame({"text": ["A line that is left. " * 5] * 2}), config)
 
 
