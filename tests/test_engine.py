@@ -187,7 +187,9 @@ def test_streamed_text_never_holds_a_part_of_a_character(kind: str, text: str) -
     assert shown + detokenizer.flush() == tokenizer.decode(ids)
 
 
-SENTENCEPIECE = small_tokenizer("data.tokenizer.kind=sentencepiece-unigram", "data.tokenizer.vocab_size=340")
+SENTENCEPIECE = small_tokenizer(
+    "data.tokenizer.kind=sentencepiece-unigram", "data.tokenizer.encoder=auto", "data.tokenizer.vocab_size=340"
+)
 
 
 def test_an_unfinished_character_at_the_end_is_shown_as_such() -> None:
