@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
 
 SLOTS = 16  # samples that are generated together; more of them wait
+ONE_THREAD_BELOW = 16_000_000  # parameters: products of a smaller model take less time than waking other threads
 
 Prompt = Annotated[
     str | None, typer.Option("--prompt", metavar="TEXT", help="The text to continue. Without one: interactive.")
@@ -121,6 +122,8 @@ def _read_prompt(prompt: str | None, path: Path | None) -> str | None:
 
 def _load(config: Config, checkpoint: str) -> tuple[Transformer, Tokenizer, bool]:
     """The model, its tokenizer, and whether it was fine-tuned on messages."""
+    import torch
+
     from data.tokenization.matching import matching_tokenizer
     from model.checkpoint import load_model, resolve_checkpoint
     from training.distributed import choose_device
@@ -131,6 +134,8 @@ def _load(config: Config, checkpoint: str) -> tuple[Transformer, Tokenizer, bool
     # On a CPU the weights stay as they are: smaller ones gain little there, and would change what a seed gives.
     exact = device.type == "cpu" and config.training.precision == "auto"
     model, info = load_model(path, device, Precision("fp32" if exact else config.training.precision, device).dtype)
+    if device.type == "cpu" and model.num_parameters() < ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
     places = [config.data.tokenizer_dir, info.config["data"]["tokenizer_dir"]]
     tokenizer = matching_tokenizer(info.tokenizer_fingerprint, [Path(place) for place in places])
     return model, tokenizer, bool(info.finetuning and info.finetuning["format"] == "messages")
