@@ -22,7 +22,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"No space left while writing {path}. Free some disk and run the command again; "
                 "what was there before is unchanged."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"May not write {path}: {os.strerror(error.errno)}. Choose another folder.") from error
         raise
 

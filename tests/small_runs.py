@@ -12,8 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -193,15 +196,17 @@ class FixedLoss:
     loss = 5.0
 
 
+@cache
 def small_config(*overrides: str, vocab_size: int = 100) -> Config:
     """The configuration of a small run."""
     return with_vocab_size(load_config([], [*SMALL, *overrides]), vocab_size)
 
 
-def train_here(source: SampleSource, *overrides: str, **options: Any) -> TrainResult:
-    """Train in this process and folder."""
+def train_here(source: SampleSource, *overrides: str, draw: bool = False, **options: Any) -> TrainResult:
+    """Train in this process and folder; without `draw`, leave out the picture, which takes longer than the training."""
     settings = {"tokenizer_fingerprint": "t", "evaluate": lambda model, rank, world: FixedLoss(), **options}
-    return train(small_config(*overrides), source, **settings)
+    with nullcontext() if draw else patch("training.tracking.plot_curves"):
+        return train(small_config(*overrides), source, **settings)
 
 
 def trained_weights(result: TrainResult) -> dict[str, Tensor]:

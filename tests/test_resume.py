@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,18 @@ def test_killed_at_any_moment_the_command_goes_on_bit_for_bit(folder: Path) -> N
 class TestConfiguration:
     """What a command line may change on resume, and what it may not."""
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def trained(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path_factory.mktemp("trained"))
+            train_here(RandomSamples(32, 32), "training.run_name=begun")
+            return Path.cwd()
+
     @pytest.fixture
-    def checkpoint(self, folder: Path) -> Path:
-        result = train_here(RandomSamples(32, 32), "training.run_name=begun")
-        assert result.checkpoint is not None
-        return result.checkpoint
+    def checkpoint(self, folder: Path, trained: Path) -> Path:
+        shutil.copytree(trained, folder, dirs_exist_ok=True)
+        return Path("checkpoints/model_step_8.pt")
 
     def test_the_saved_configuration_holds_and_may_be_extended(self, checkpoint: Path) -> None:
         settings = ["training.max_steps=16", "training.eval_interval=2", "training.micro_batch_size=2"]
@@ -197,6 +205,7 @@ class TestGoingBack:
         assert Path("checkpoints/previous/back/model_step_8.pt").read_bytes() == old
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_wrong_and_what_to_do(folder: Path) -> None:
     write_corpus(folder)
     missing = command(folder, "train", *SMALL, "--resume", "latest", status=1)

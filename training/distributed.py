@@ -7,6 +7,7 @@ case where nobody else is there: every function here then does nothing or return
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config.errors import UserError
+
+LOST_CONTACT = ("closed by peer", "reset by peer", "Broken pipe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,11 @@ def open_process(device: str) -> Iterator[Process]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Process(rank, world_size, chosen)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST_CONTACT):
+            raise
+        print(f"process {rank} stops: another process of the run has ended", file=sys.stderr)
+        raise SystemExit(1) from error
     finally:
         dist.destroy_process_group()
 

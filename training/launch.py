@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
@@ -58,8 +59,6 @@ def launch(script: Path, arguments: Sequence[str], machines: Machines, share_cor
     cores are divided among the processes of this machine. The status is that of the first process that failed, or 128
     and the signal.
     """
-    # The launcher's own account of a failed process would bury the one sentence that the process has printed.
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -73,6 +72,8 @@ def launch(script: Path, arguments: Sequence[str], machines: Machines, share_cor
     else:
         options += ["--nnodes", str(machines.nodes), "--node-rank", str(machines.node_rank)]
         options += ["--rdzv-backend", "c10d", "--rdzv-id", "quern", "--rdzv-endpoint", str(machines.rendezvous)]
+    # The launcher's own account of a failed process would bury the one sentence that the process has printed.
+    logging.disable(logging.ERROR)
     try:
         run.run(run.parse_args([*options, str(script), *arguments]))  # type: ignore[no-untyped-call]
     except SignalException as error:

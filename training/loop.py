@@ -91,7 +91,6 @@ class Loop:
             prefetch_batches=self.config.data.loader.prefetch_batches,
             pin_memory=process.device.type == "cuda",
         )
-        gc.collect()
         gc.freeze()
         try:
             for step in range(self.progress.step + 1, plan.steps + 1):

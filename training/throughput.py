@@ -7,7 +7,7 @@ import time
 import torch
 
 
-def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
     """Floating-point operations per second of the device's fastest square matrix product in `dtype`.
 
     Takes about `seconds`, after a warm-up. Measured rather than looked up, since data sheets know neither this CPU, nor

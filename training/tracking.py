@@ -40,7 +40,7 @@ class Tracker:
         self.directory = directory
         self._warn = warn
         self._warned = False
-        self._drawn = -math.inf
+        self._drawn = time.monotonic()
         self._unwritten: dict[str, list[str]] = {METRICS: [], SAMPLES: []}
         self.rows = _truncate(directory / METRICS, step)
         _truncate(directory / SAMPLES, step)
@@ -66,7 +66,7 @@ class Tracker:
         self._wandb.log({"step": step, "sample": text})
 
     def draw(self, now: bool = False) -> None:
-        """Bring `curves.png` up to date, unless that was done in the last ten seconds and need not be `now`."""
+        """Bring `curves.png` up to date; without `now` at most every ten seconds, since it takes a third of one."""
         if not now and time.monotonic() - self._drawn < 10:
             return
         self._drawn = time.monotonic()
