@@ -1,4 +1,4 @@
-"""Train on several GPUs, or on several processes of a CPU, of one machine or more."""
+"""Train on several GPUs or CPU processes, of one machine or more."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ def distributed_train(
     rendezvous: Rendezvous = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Train on several GPUs, or on several processes of a CPU, of one machine or more.
+    """Train on several GPUs or CPU processes, of one machine or more.
 
-    Starts scripts/train.py in every process through torchrun's elastic launcher. The batch is dealt to the processes,
-    so the run learns what it would learn on one device. On several machines, type the same line on each, but for its
+    Starts scripts/train.py in every process through torchrun's elastic launcher.
+    The batch is dealt to the processes, so the run learns what it would learn on
+    one device. On several machines, type the same line on each, but for its
     --node-rank.
     """
     from training.environment import calm_threads

@@ -22,8 +22,9 @@ def train(
 ) -> None:
     """Train a language model on the token files: fresh, or on from a checkpoint.
 
-    Reads corpus/tokens/, writes checkpoints/model_step_N.pt and the record of the run to runs/NAME/. Ctrl-C finishes
-    the step, saves, and says how to go on. For several GPUs use scripts/distributed_train.py.
+    Reads corpus/tokens/, writes checkpoints/model_step_N.pt and the record of
+    the run to runs/NAME/. Ctrl-C finishes the step, saves, and says how to go on.
+    For several GPUs use scripts/distributed_train.py.
     """
     from training.environment import calm_threads
 
@@ -56,12 +57,18 @@ def _evaluator(job: Pretraining) -> Callable[[Transformer, int, int], Evaluation
     """The loss on the first `training.eval_tokens` tokens of the validation split, the same ones every time."""
     from pathlib import Path
 
+    from config.errors import UserError
     from data.tokens import TokenFiles
     from evaluation.perplexity import default_batch_size, evaluate_tokens
     from training.precision import Precision
 
     config, length = job.config, job.source.context_length
     tokens = TokenFiles(Path(config.data.tokens_dir), "val")
+    if len(tokens) < 2:
+        raise UserError(
+            f"The validation split in {config.data.tokens_dir} is empty, so nothing can be evaluated. "
+            "Raise data.preprocess.validation_fraction or add text, and run python data/preprocess.py."
+        )
 
     def evaluate(model: Transformer, rank: int, world_size: int) -> Evaluation:
         device = model.output_weight.device

@@ -54,10 +54,10 @@ class Meter:
         self._flops += flops_per_token * input_tokens
 
     def add_loss(self, loss_sum: Tensor, valid: int, gradient_norm: Tensor, skipped: Tensor) -> None:
-        """Count an update: this process's summed loss, and the trained tokens of all processes."""
+        """Count an update: this process's summed loss, a float32 scalar, and the trained tokens of all processes."""
         self._attempted += 1
         self._norm = gradient_norm
-        kept = torch.stack([loss_sum.float(), loss_sum.new_tensor(float(valid)), torch.zeros_like(loss_sum)])
+        kept = torch.stack([loss_sum, torch.full_like(loss_sum, valid), torch.zeros_like(loss_sum)])
         self._totals += torch.where(skipped, torch.zeros_like(kept), kept)
         self._totals[2] += skipped
 
