@@ -413,7 +413,13 @@ class TestBadInput:
 
     def test_ctrl_c_ends_the_workers_and_says_how_to_continue(self, copy: Path) -> None:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "data/preprocess.py"), *SETTINGS, "data.preprocess.workers=2"],
+            [
+                sys.executable,
+                str(ROOT / "data/preprocess.py"),
+                *SETTINGS,
+                "data.preprocess.workers=2",
+                "data.preprocess.tasks=100",
+            ],
             cwd=copy,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
