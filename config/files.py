@@ -88,3 +88,25 @@ def recover_directory(target: Path) -> None:
     old = target.with_name(target.name + ".old")
     if old.exists() and not target.exists():
         os.replace(old, target)
+
+
+@contextmanager
+def exclusive(path: Path, busy: str) -> Iterator[None]:
+    """Hold `path` for this process alone, by a lock file beside it; the lock ends with the process, however that ends.
+
+    Raises `UserError(busy)` where another process holds it. Without `fcntl` (Windows) there is no lock.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with disk_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "wb")
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError as error:
+            raise UserError(busy) from error
+        yield

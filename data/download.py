@@ -7,13 +7,13 @@ without the dot is always whole: an older copy stays in use until the new one is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from config.errors import UserError
-from config.files import disk_errors, recover_directory, replace_directory
+from config.files import disk_errors, exclusive, recover_directory, replace_directory
 from config.schema import DataConfig
 from data.manifest import MANIFEST, QUARANTINE, RawManifest, damaged_files, load_raw_manifest
 from data.quarantine import describe
@@ -41,7 +41,7 @@ def download_source(name: str, data: DataConfig, *, job: Job, force: bool = Fals
     """
     config = data.sources[name]
     folder = Path(data.raw_dir) / name
-    with _lock(folder):
+    with exclusive(folder, f"Another process is downloading source {folder.name!r} now. Wait until it is done."):
         recover_directory(folder)
         present = _present(folder, verify, job)
         source = source_of(config.kind)
@@ -95,27 +95,6 @@ def _publish(partial: Path, folder: Path, manifest: RawManifest) -> None:
                     os.fsync(file.fileno())
     manifest.save(partial)
     replace_directory(partial, folder)
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the source for this process alone; the lock ends with the process, however that ends."""
-    path = folder.with_name(f".{folder.name}.lock")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "wb")
-    with file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError as error:
-            raise UserError(
-                f"Another process is downloading source {folder.name!r} now. Wait until it is done."
-            ) from error
-        yield
 
 
 def downloaded_sources(raw_dir: Path) -> Sequence[tuple[str, RawManifest | None]]:

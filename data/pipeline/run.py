@@ -11,8 +11,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from config.errors import UserError
-from config.files import disk_errors, recover_directory, replace_directory, write_text
+from config.files import disk_errors, exclusive, recover_directory, replace_directory, write_text
 from config.schema import DataConfig
 from data.funnel import Funnel, total
 from data.pipeline.bad_records import first_harmful, merge_quarantine
@@ -58,7 +57,7 @@ def preprocess(data: DataConfig, *, force: bool, show: Show) -> tuple[TokensMani
     data = data.model_copy(update={"use": list(dict.fromkeys(data.use))})
     tokens_dir = Path(os.path.abspath(data.tokens_dir))
     partial = tokens_dir.with_name(f".{tokens_dir.name}.partial")
-    with _lock(tokens_dir):
+    with exclusive(tokens_dir, f"Another process is writing {tokens_dir} now. Wait until it is done."):
         recover_directory(tokens_dir)
         raw = raw_manifests(data)
         tokenizer = load_tokenizer(Path(data.tokenizer_dir), data.tokenizer.encoder)
@@ -216,22 +215,3 @@ def _check_something_left(funnels: list[Funnel]) -> None:
         f"None of the {whole.read.documents:,} documents is left: the rule {rule!r} dropped {count.documents:,}. "
         "Change that rule in data.preprocess, or add text."
     )
-
-
-@contextmanager
-def _lock(tokens_dir: Path) -> Iterator[None]:
-    """Hold `tokens_dir` for this process alone; the lock ends with the process, however that ends."""
-    path = tokens_dir.with_name(f".{tokens_dir.name}.lock")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "wb")
-    with file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError as error:
-            raise UserError(f"Another process is writing {tokens_dir} now. Wait until it is done.") from error
-        yield
