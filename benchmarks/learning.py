@@ -7,7 +7,8 @@ For every seed it runs, one after the other on the same machine: `scripts/train.
 evaluations and checkpoints included; then nanoGPT's own `train.py` for as many iterations as fit into the same seconds,
 its start-up and evaluations not counted. nanoGPT has the CPU settings of its README (12 rows of 64 tokens, AdamW at
 1e-3); with the first seed it also runs at three times that learning rate, and with our rows. Its schedule ends with its
-run. Every final model is then scored by one function on every token of `val.bin`, with half a window of context or more.
+run. Every final model is then scored by one function on every token of `val.bin`, with
+half a window of context or more.
 """
 
 from __future__ import annotations
