@@ -90,7 +90,7 @@ def _ours(config: QualityConfig) -> dict[str, Callable[[list[str]], Any]]:
 
     from data.quality import c4, fineweb, gopher_quality, gopher_repetition
     from data.quality.rules import apply_quality
-    from data.quality.texts import Texts, texts_of
+    from data.texts import Texts, texts_of
 
     def batches(work: Callable[[Texts], Any]) -> Callable[[list[str]], Any]:
         def each(texts: list[str]) -> None:

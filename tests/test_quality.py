@@ -32,8 +32,8 @@ from config.load import load_config
 from config.quality import QualityConfig
 from data.quality import c4, fineweb, gopher_quality, gopher_repetition
 from data.quality.rules import apply_quality, prepare
-from data.quality.texts import column_of, texts_of
 from data.quality.words import count_sentences, split_words
+from data.texts import column_of, texts_of
 
 DEFAULTS = load_config().data.preprocess.quality
 SETS = ("gopher_repetition", "gopher_quality", "c4", "fineweb")

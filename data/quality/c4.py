@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.quality import C4Config
+from data.compiled import kernel
 from data.quality.characters import DIGIT, SPACE, character_classes
-from data.quality.compiled import kernel
-from data.quality.texts import Texts, decode, line_end, stripped
+from data.quality.lines import line_end, stripped
 from data.quality.words import sentences
+from data.texts import Texts, decode
 
 RULES = ("lorem_ipsum", "curly_bracket", "too_few_sentences", "c4_no_lines_left")
 LINE_RULES = ("too_long_word", "no_terminal_punc", "too_few_words", "javascript", "policy")

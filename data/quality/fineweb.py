@@ -6,11 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.quality import FineWebConfig
+from data.compiled import kernel
 from data.quality.characters import TERMINAL, character_classes
-from data.quality.compiled import kernel
+from data.quality.lines import characters, stripped
 from data.quality.repeats import byte_values, new_seen, range_hash, see, table_size
-from data.quality.texts import Texts, characters, decode, stripped
 from data.quality.words import count_words
+from data.texts import Texts, decode
 
 RULES = ("empty", "line_punct_ratio", "short_line_ratio", "char_dup_ratio", "list_ratio")
 NEWLINE = ord("\n")

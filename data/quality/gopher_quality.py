@@ -6,10 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.quality import GopherQualityConfig
+from data.compiled import kernel
 from data.quality.characters import ALPHA, SPACE, TEXT, character_classes
-from data.quality.compiled import kernel
-from data.quality.texts import Texts, decode, line_end
+from data.quality.lines import line_end
 from data.quality.words import next_word
+from data.texts import Texts, decode
 
 RULES = (
     "gopher_short_doc",

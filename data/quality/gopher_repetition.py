@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.quality import GopherRepetitionConfig
+from data.compiled import kernel
 from data.quality.characters import character_classes
-from data.quality.compiled import kernel
+from data.quality.lines import characters, stripped
 from data.quality.repeats import (
     BACK,
     FIRST,
@@ -22,8 +23,8 @@ from data.quality.repeats import (
     slot,
     table_size,
 )
-from data.quality.texts import Texts, characters, stripped
 from data.quality.words import count_words, next_word
+from data.texts import Texts
 
 TOP = (2, 3, 4)
 DUPLICATED = (5, 6, 7, 8, 9, 10)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.quality.compiled import kernel
+from data.compiled import kernel
 
 MASK = (1 << 64) - 1
 BASE = 0x9E3779B97F4A7C15 | 1

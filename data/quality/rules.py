@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from config.quality import QualityConfig
 from data.quality import bad_words, c4, fineweb, gopher_quality, gopher_repetition
-from data.quality.texts import column_of, texts_of
+from data.texts import column_of, texts_of
 
 
 class Judged(NamedTuple):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from data.compiled import kernel
 from data.quality.characters import (
     APOSTROPHE,
     CLOSER,
@@ -26,8 +27,7 @@ from data.quality.characters import (
     WORD,
     character_classes,
 )
-from data.quality.compiled import kernel
-from data.quality.texts import decode
+from data.texts import decode
 
 
 def split_words(text: str) -> list[str]:

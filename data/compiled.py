@@ -1,7 +1,7 @@
-"""Compiling kernels with numba, once for each state of this folder's code.
+"""Compiling kernels with numba, once for each state of their code.
 
 Numba keeps machine code from run to run, but looks only at the file of the function itself to see whether it still
-holds, not at what that calls. So it is kept in a folder named after the content of all files here.
+holds, not at what that calls. So it is kept in a folder named after the content of all files with kernels.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ def kernel(function: Function) -> Function:
 def _folder() -> str | None:
     """Where machine code is kept: beside the code, else in the user's cache, or nowhere if neither can be written."""
     digest = hashlib.sha256()
-    for path in sorted(HERE.glob("*.py")):
-        digest.update(path.read_bytes())
+    for path in sorted(HERE.rglob("*.py")):
+        content = path.read_bytes()
+        if b"@kernel" in content:
+            digest.update(content)
     for base in (HERE / "__pycache__", Path(os.path.expanduser("~"), ".cache", "quern")):
         folder = base / f"kernels-{digest.hexdigest()[:16]}"
         try:
