@@ -21,7 +21,8 @@ from pydantic import BaseModel, ValidationError
 
 from config.errors import UserError
 from config.files import write_text
-from config.schema import Config, SourceConfig
+from config.schema import Config
+from config.sources import SourceConfig
 
 CONFIG_DIR = Path(__file__).parent
 SECTIONS = ("model", "training", "data", "generation")

@@ -2,7 +2,7 @@
 
 What each key means stands beside it in `config/*.yaml`; here stand its type, its bounds and the combinations that make
 no sense. Defaults live in the YAML files alone, so a key missing there is an error here (only a source, of which a user
-may add any number, has defaults of its own).
+may add any number, has defaults of its own; see `config.sources`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from config.quality import LanguageConfig, QualityConfig
 from config.section import Fraction, PositiveInt, Rate, Section
+from config.sources import PublishedSection, SourceConfig
 
 
 class ModelConfig(Section):
@@ -180,37 +181,6 @@ class TrainingConfig(Section):
         return self
 
 
-class SampleSourceConfig(Section):
-    """The built-in corpus: the running interpreter's standard library and language reference."""
-
-    kind: Literal["sample"]
-
-
-class FilesSourceConfig(Section):
-    """The user's own files."""
-
-    kind: Literal["files"]
-    paths: list[str]
-    text_column: str = "text"
-    max_document_bytes: PositiveInt = 1_000_000
-
-
-class HubSourceConfig(Section):
-    """A data set of the Hugging Face hub."""
-
-    kind: Literal["hub"]
-    repository: str
-    subset: str | None = None
-    split: str = "train"
-    revision: str = "main"
-    text_column: str = "text"
-    max_documents: PositiveInt | None = None
-    streaming: bool = False
-
-
-SourceConfig = Annotated[SampleSourceConfig | FilesSourceConfig | HubSourceConfig, Field(discriminator="kind")]
-
-
 class TokenizerConfig(Section):
     """How the tokenizer is trained, and which library encodes with it."""
 
@@ -286,6 +256,8 @@ class DataConfig(Section):
     tokens_dir: str
     seed: Annotated[int, Field(ge=0)]
     use: list[str]
+    streaming: bool
+    connections_per_host: PositiveInt
     sources: dict[str, SourceConfig]
     tokenizer: TokenizerConfig
     preprocess: PreprocessConfig
@@ -298,6 +270,13 @@ class DataConfig(Section):
         if unknown:
             raise ValueError(f"use: there is no source {unknown[0]!r}; choose from {', '.join(self.sources)}")
         return self
+
+    def streams(self, name: str) -> bool:
+        """Whether the source `name` is read from where it is published, and not fetched first."""
+        source = self.sources[name]
+        if not isinstance(source, PublishedSection):
+            return False
+        return self.streaming if source.streaming is None else source.streaming
 
 
 class GenerationConfig(Section):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from config.errors import UserError
-from config.schema import SourceConfig
-from data.manifest import QUARANTINE, RawManifest, load_raw_manifest
+from config.sources import SourceConfig
+from data.manifest import QUARANTINE, RawFile, RawManifest, load_raw_manifest
 
 if TYPE_CHECKING:
     from data.formats.rows import Fault, Row
@@ -64,7 +64,7 @@ def read_documents(
     command = f"python data/download_datasets.py {name}"
     if not manifest.matches(source):
         raise UserError(f"{folder} was downloaded with other settings of data.sources.{name}. Run {command} again.")
-    for file in manifest.files:
+    for file in () if manifest.streamed else manifest.files:
         path = folder / file.path
         if not path.is_file() or path.stat().st_size != file.bytes:
             raise UserError(f"{path} is missing or damaged. Run {command} to mend it.")
@@ -80,25 +80,49 @@ def _read(
 
     if part == 0 and manifest.quarantined:
         yield from read_quarantine(folder / QUARANTINE, name)
+    options = row_options(source)
     for index, raw in enumerate(manifest.files):
-        wanted = _share(raw.path, index, len(manifest.files), part, parts)
+        wanted = _share(raw.path, index, len(manifest.files), part, parts, manifest.streamed)
         if wanted is None:
             continue
-        with open(folder / raw.path, "rb") as file:
+        with _open(folder, manifest, raw) as file:
             if manifest.layout == "documents":
                 yield from read_stored(file, name, wanted)
                 continue
-            column = getattr(source, "text_column", "text")
-            for row in read_rows(file, raw.path, column, wanted=wanted, limit=raw.documents):
+            for row in read_rows(file, raw.path, wanted=wanted, limit=raw.documents, **options):
                 yield _published(name, raw.path, row)
 
 
-def _share(path: str, index: int, files: int, part: int, parts: int) -> Callable[[int], bool] | None:
+def _open(folder: Path, manifest: RawManifest, raw: RawFile) -> IO[bytes]:
+    if not manifest.streamed:
+        return open(folder / raw.path, "rb")
+    from data.published.opening import open_published
+
+    assert raw.url is not None
+    return open_published(raw.url, raw.bytes if raw.whole else None, raw.etag)
+
+
+def row_options(source: SourceConfig) -> dict[str, Any]:
+    """How the rows of the source's files are read: arguments of `data.formats.read_rows`."""
+    from data.formats import DOCUMENT_BYTES
+    from data.formats.rows import Keep
+
+    keep = getattr(source, "keep", None)
+    return {
+        "text_column": getattr(source, "text_column", "text"),
+        "document_bytes": getattr(source, "max_document_bytes", DOCUMENT_BYTES),
+        "keep": None if keep is None else Keep(getattr(source, "keep_column"), frozenset(keep)),
+    }
+
+
+def _share(path: str, index: int, files: int, part: int, parts: int, streamed: bool) -> Callable[[int], bool] | None:
     """Which units of file number `index` belong to `part`: a predicate, or None where none of them does.
 
-    A compressed stream can only be read from its beginning, so whole files are dealt where there are enough of them.
+    Whole files where there are many. Otherwise row groups of Parquet, and blocks of rows of what can only be read from
+    its beginning, unless reading means fetching it.
     """
-    if not path.endswith(".parquet") and files >= parts:
+    parquet = path.endswith(".parquet")
+    if files >= (4 * parts if parquet else parts) or streamed and not parquet:
         return (lambda unit: True) if index % parts == part else None
     return lambda unit: (index + unit) % parts == part
 

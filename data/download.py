@@ -15,6 +15,7 @@ from pathlib import Path
 from config.errors import UserError
 from config.files import disk_errors, exclusive, recover_directory, replace_directory
 from config.schema import DataConfig
+from config.sources import SourceConfig
 from data.manifest import MANIFEST, QUARANTINE, RawManifest, damaged_files, load_raw_manifest
 from data.quarantine import describe
 from data.sources import Job, source_of
@@ -32,6 +33,8 @@ class Downloaded:
 def download_source(name: str, data: DataConfig, *, job: Job, force: bool = False, verify: bool = False) -> Downloaded:
     """Make sure that the source `name` is complete on disk, as its configuration says now.
 
+    Of a source that streams, that is the list of its files. What was fetched before it was to stream stays in use.
+
     Args:
         name: a key of `data.sources`.
         force: fetch even if it is there.
@@ -41,11 +44,14 @@ def download_source(name: str, data: DataConfig, *, job: Job, force: bool = Fals
     """
     config = data.sources[name]
     folder = Path(data.raw_dir) / name
+    job = replace(job, streaming=data.streams(name), connections_per_host=data.connections_per_host)
+    limits = [limit for limit in (job.max_bytes, getattr(config, "max_bytes", None)) if limit is not None]
+    job = replace(job, max_bytes=min(limits, default=None))
     with exclusive(folder, f"Another process is downloading source {folder.name!r} now. Wait until it is done."):
         recover_directory(folder)
         present = _present(folder, verify, job)
         source = source_of(config.kind)
-        if present is not None and not force and present.matches(config):
+        if present is not None and not force and _is_asked_for(present, config, job):
             state = source.revision(name, config)
             if state is None or state == present.revision:
                 return Downloaded(folder, present, fetched=False)
@@ -58,11 +64,36 @@ def download_source(name: str, data: DataConfig, *, job: Job, force: bool = Fals
         finally:
             with suppress(OSError):
                 partial.rmdir()
-        if not manifest.documents:
+        if manifest.documents == 0:
             reasons = f" ({describe(manifest.quarantined)})" if manifest.quarantined else ""
             raise UserError(f"Source {name!r} holds no documents{reasons}. Choose another, or mend its files.")
         _publish(partial, folder, manifest)
     return Downloaded(folder, manifest, fetched=True)
+
+
+def _is_asked_for(present: RawManifest, config: SourceConfig, job: Job) -> bool:
+    """Whether what is on disk is what a download would bring now, as far as it can be told without the origin."""
+    streams = present.streamed and not job.streaming
+    return not streams and present.matches(config) and (present.kind == "sample" or present.within(job.max_bytes))
+
+
+def raw_manifest(name: str, data: DataConfig) -> RawManifest:
+    """The manifest of a source that is to be read; `UserError` where it was not downloaded.
+
+    A source that streams need not have been: its files are listed now.
+    """
+    folder = Path(data.raw_dir) / name
+    streams = data.streams(name)
+    if streams:
+        present = _present(folder, verify=False, job=Job())
+        if present is None or not present.matches(data.sources[name]):
+            return download_source(name, data, job=Job(data.preprocess.max_bad_fraction)).manifest
+        return present
+    manifest = load_raw_manifest(folder)
+    if manifest.streamed:
+        command = f"python data/download_datasets.py {name}"
+        raise UserError(f"{folder} says only where source {name!r} is, to stream it. Run {command} to fetch it.")
+    return manifest
 
 
 def _present(folder: Path, verify: bool, job: Job) -> RawManifest | None:
@@ -81,7 +112,8 @@ def _present(folder: Path, verify: bool, job: Job) -> RawManifest | None:
 
 def _publish(partial: Path, folder: Path, manifest: RawManifest) -> None:
     """Leave nothing in `partial` but what the manifest names, save the manifest last, and put it in its place."""
-    wanted = {partial / file.path for file in manifest.files} | {partial / QUARANTINE}
+    files = [] if manifest.streamed else manifest.files
+    wanted = {partial / file.path for file in files} | {partial / QUARANTINE}
     for path in sorted(partial.rglob("*"), reverse=True):
         if path.is_dir():
             if not any(path.iterdir()):

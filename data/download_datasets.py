@@ -21,6 +21,18 @@ Words = Annotated[
     ),
 ]
 List = Annotated[bool, typer.Option("--list", help="Show the sources that are on this machine and stop.")]
+Available = Annotated[
+    bool, typer.Option("--available", help="With --list: show what the configuration can fetch, with size and licence.")
+]
+MaxBytes = Annotated[
+    str | None,
+    typer.Option(
+        "--max-bytes",
+        metavar="SIZE",
+        help="Fetch at most so much, such as 500MB or 5GB, in equal shares of the sources; "
+        "what one does not need goes to those after it.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Fetch again what is already there.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Check the SHA-256 of what is already there, not only sizes.")]
 
@@ -29,6 +41,8 @@ def download_datasets(
     words: Words = None,
     recipe: Recipe = None,
     list_sources: List = False,
+    available: Available = False,
+    max_bytes: MaxBytes = None,
     force: Force = False,
     verify: Verify = False,
     print_config: PrintConfig = False,
@@ -42,28 +56,48 @@ def download_datasets(
     names = [word for word in words or [] if "=" not in word]
     overrides = [word for word in words or [] if "=" in word]
     config = resolve(recipe, overrides, print_config)
-    from data.listing import print_sources
+    from data.listing import print_available, print_sources
 
+    if available:
+        print_available(config.data)
+        return
     if list_sources:
         print_sources(config.data)
         return
-    _download(names or config.data.use, config, force, verify)
+    _download(names or config.data.use, config, force, verify, _size(max_bytes))
     print(f"Next: {_next_command(names if names != config.data.use else [], recipe, overrides)}")
 
 
-def _download(names: list[str], config: Config, force: bool, verify: bool) -> None:
+def _size(text: str | None) -> int | None:
+    """The number of bytes that `--max-bytes` names."""
+    from config.sources import byte_count
+
+    try:
+        size = None if text is None else int(byte_count(text))
+    except ValueError as error:
+        raise UserError(f"--max-bytes: {error}.") from error
+    if size == 0:
+        raise UserError("--max-bytes: it must be more than 0.")
+    return size
+
+
+def _download(names: list[str], config: Config, force: bool, verify: bool, max_bytes: int | None) -> None:
     from data.download import download_source
     from data.listing import check_names, report
     from data.sources import Job
 
     check_names(names, config.data)
-    for name in dict.fromkeys(names):
+    names = list(dict.fromkeys(names))
+    for number, name in enumerate(names):
+        share = None if max_bytes is None else max(1, max_bytes // (len(names) - number))
         try:
-            with progress(in_bytes=not getattr(config.data.sources[name], "streaming", False)) as bars:
-                job = Job(config.data.preprocess.max_bad_fraction, progress=bars)
+            with progress(in_bytes=True) as bars:
+                job = Job(config.data.preprocess.max_bad_fraction, progress=bars, max_bytes=share)
                 done = download_source(name, config.data, job=job, force=force, verify=verify)
         except KeyboardInterrupt as error:
             raise UserError(f"Stopped. Type the same command again to continue the download of {name!r}.") from error
+        if max_bytes is not None:
+            max_bytes -= done.manifest.taken or 0
         report(name, done)
 
 

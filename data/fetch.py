@@ -27,6 +27,7 @@ from data.transport.retry import (
     check_status,
     network,
     strong_etag,
+    total_size,
     waiting_time,
 )
 
@@ -79,6 +80,7 @@ class FileFetch:
             return done
         with disk_errors(self._part):
             self._part.parent.mkdir(parents=True, exist_ok=True)
+            self._take_up_beginning()
             self._file.path.unlink(missing_ok=True)
             self._recover()
         retrying = tenacity.Retrying(
@@ -109,10 +111,22 @@ class FileFetch:
         why = getattr(error, "status", None) or ("damaged" if getattr(error, "damaged", False) else "cut")
         self._waiting(f"{why}, waiting {state.next_action.sleep if state.next_action else 0:.0f} s")
 
+    def _take_up_beginning(self) -> None:
+        """Make a file of which only the beginning was wanted so far the part of what is wanted now."""
+        note, wanted = read_note(self._file), self._file.wanted
+        if note is None or note.size is None or not self._file.path.exists() or self._part.exists():
+            return
+        if note.size == self._file.path.stat().st_size and (wanted is None or note.size < wanted):
+            os.replace(self._file.path, self._part)
+            write_note(self._file, etag=note.etag)
+
     def _recover(self) -> None:
         """Take up the part that is on disk, if it is one of the content that is wanted now."""
-        if not unfinished_bytes(self._file):
+        length = unfinished_bytes(self._file)
+        if not length:
             return
+        if self._file.take is not None and length > self._file.take:
+            os.truncate(self._part, self._file.take)
         with open(self._part, "rb") as part:
             while block := part.read(1 << 20):
                 self._check_stop()
@@ -124,13 +138,15 @@ class FileFetch:
         """One request, from where the part ends to the end of the file."""
         self._check_stop()
         self._waiting("")
-        if self._length and self._length == self._file.size:
+        if self._length and self._length == self._file.wanted:
             self._verify()
             return
         headers = {"Accept-Encoding": "identity"}
         note = read_note(self._file)
+        if self._length or self._file.take is not None:
+            end = "" if self._file.take is None else self._file.take - 1
+            headers["Range"] = f"bytes={self._length}-{end}"
         if self._length:
-            headers["Range"] = f"bytes={self._length}-"
             if note is not None and note.etag is not None:
                 headers["If-Range"] = note.etag
         with network(), self._client.stream("GET", self._file.url, headers=headers) as response:
@@ -140,15 +156,23 @@ class FileFetch:
                 part.truncate()
                 for chunk in response.iter_raw():
                     self._check_stop()
+                    if self._file.take is not None:
+                        chunk = chunk[: self._file.take - self._length]
                     part.write(chunk)
                     self._digests.update(chunk)
                     self._length += len(chunk)
                     self._advance(len(chunk))
-                    if self._file.size is not None and self._length > self._file.size:
+                    if self._enough():
                         break
-        if self._file.size is None and total is not None and self._length < total:
+        if self._file.size is None and total is not None and self._length < min(total, self._file.take or total):
             raise Passing("the connection was cut")
         self._verify()
+
+    def _enough(self) -> bool:
+        """Whether to stop reading: the beginning that is wanted is here, or more than there should be."""
+        if self._file.take is not None:
+            return self._length >= self._file.take
+        return self._file.size is not None and self._length > self._file.size
 
     def _accept(self, response: httpx.Response, note: Note | None) -> int | None:
         """Check the head of the answer and make the part fit it; the length of the whole file, where it is told."""
@@ -159,7 +183,10 @@ class FileFetch:
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise FetchError(f"{self._file.url} is sent compressed, so its size and checksum cannot be told.")
         etag = strong_etag(response)
-        total = _total(response)
+        total = total_size(response)
+        if response.status_code == 206 and not self._length:
+            write_note(self._file, etag=etag)
+            return total
         if response.status_code == 206:
             same = note is None or note.etag is None or etag is None or etag == note.etag
             if not same or not response.headers.get("Content-Range", "").startswith(f"bytes {self._length}-"):
@@ -174,13 +201,13 @@ class FileFetch:
 
     def _verify(self) -> None:
         """Discard the part and raise `Passing` if it is not the file that the publisher describes."""
-        size = self._file.size
+        size = self._file.wanted
         if size is not None and self._length < size:
             raise Passing("the connection was cut")
         problem = None
         if size is not None and self._length > size:
             problem = f"more came than its {size} bytes"
-        elif not self._digests.right():
+        elif size == self._file.size and not self._digests.right():
             problem = f"its {self._digests.algorithm} is not what the publisher states"
         if problem is not None:
             self._discard()
@@ -201,7 +228,7 @@ class FileFetch:
             note = read_note(self._file)
             write_note(self._file, etag=note.etag if note else None, size=self._length, sha256=sha256)
             os.replace(self._part, self._file.path)
-        return Fetched(self._file, self._length, sha256)
+        return Fetched(self._file, self._length, sha256, note.etag if note else None)
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
@@ -229,12 +256,3 @@ class _Digests:
     def right(self) -> bool:
         """Whether the checksum is the expected one, if any is."""
         return not self._expected or (self._other or self.sha256).hexdigest() == self._expected
-
-
-def _total(response: httpx.Response) -> int | None:
-    """Length of the whole file by the answer's head, or None where that does not tell."""
-    if response.status_code == 206:
-        total = response.headers.get("Content-Range", "").rpartition("/")[2]
-        return int(total) if total.isdigit() else None
-    length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() else None

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config.errors import UserError
+from config.sources import HubSourceConfig
 from data.manifest import QUARANTINE
 from data.quarantine import describe
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from config.schema import DataConfig
     from data.download import Downloaded
+    from data.manifest import RawManifest
 
 
 def check_names(names: Sequence[str], data: DataConfig) -> None:
@@ -31,18 +35,25 @@ def check_names(names: Sequence[str], data: DataConfig) -> None:
 
 
 def report(name: str, done: Downloaded) -> None:
-    """Say in a line or two what is on disk now."""
+    """Say in a line or two what is there now."""
     manifest = done.manifest
-    amount = f"{manifest.documents:,} documents, {format_bytes(manifest.bytes)}, in {done.folder}"
+    where = f"to be streamed, listed in {done.folder}" if manifest.streamed else f"in {done.folder}"
+    counted = "" if manifest.documents is None else f"{manifest.documents:,} documents, "
+    amount = f"{counted}{_files(manifest)}{format_bytes(manifest.bytes)}, {where}"
     print(f"{name}: {amount}" if done.fetched else f"{name}: complete and unchanged, {amount}")
+    if manifest.limit is not None:
+        print(f"{name}: the limit of {format_bytes(manifest.limit)} left out the rest; a larger one goes on from here")
     if manifest.quarantined:
         total = sum(manifest.quarantined.values())
         print(f"{name}: {total:,} records set aside ({describe(manifest.quarantined)}), see {done.folder / QUARANTINE}")
 
 
+def _files(manifest: RawManifest) -> str:
+    return f"{len(manifest.files):,} files, " if manifest.documents is None else ""
+
+
 def print_sources(data: DataConfig) -> None:
     """Print the table of the sources under `data.raw_dir`, or what to type where there are none."""
-    from rich.console import Console
     from rich.table import Table
 
     from data.download import downloaded_sources
@@ -63,7 +74,33 @@ def print_sources(data: DataConfig) -> None:
             table.add_row(name, "unfinished", "", "", "", "")
             continue
         date = manifest.retrieved.astimezone().strftime("%Y-%m-%d %H:%M")
-        table.add_row(name, f"{manifest.documents:,}", format_bytes(manifest.bytes), date, manifest.licence, path)
+        documents = "not counted" if manifest.documents is None else f"{manifest.documents:,}"
+        size = format_bytes(manifest.bytes) + (" streamed" if manifest.streamed else "")
+        table.add_row(name, documents, size, date, manifest.licence, path)
+    _print(table)
+
+
+def print_available(data: DataConfig) -> None:
+    """Print the table of the sources that the configuration names: what they are, how large, and under which terms."""
+    from rich.table import Table
+
+    table = Table("source", "kind")
+    for heading in ("size", "licence", "home"):
+        table.add_column(heading, overflow="fold")
+    for name, source in data.sources.items():
+        about = source.about
+        home = about.home
+        if home is None and isinstance(source, HubSourceConfig):
+            home = f"https://huggingface.co/datasets/{source.repository}"
+        table.add_row(name, source.kind, about.size or "", about.licence or "", home or "")
+    _print(table)
+    print("Sizes are about those of the files to fetch. Fetch one by its name, a part of it with --max-bytes:")
+    print("python data/download_datasets.py NAME --max-bytes 1GB")
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)

@@ -12,10 +12,13 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from config.errors import UserError
 from config.files import write_text
-from config.schema import SourceConfig
+from config.sources import SourceConfig
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
+LEAVES_NO_TRACE = {"about", "streaming"}
+CHOSEN_IN_READING = {"text_column", "keep_column", "keep"}
+"""Keys of a source that do not change which published files it consists of."""
 
 
 class RawFile(BaseModel):
@@ -25,11 +28,20 @@ class RawFile(BaseModel):
 
     path: str
     """Relative to the source's folder, with forward slashes."""
-    bytes: int
-    sha256: str
-    documents: int
-    """Rows to read from the file, in its own order; the last file of a limited source may hold more."""
+    bytes: int | None
+    """Of the file, or of the beginning of it that is taken; None where the publisher of a streamed one does not say."""
+    sha256: str | None
+    """Of these bytes; None for a streamed file."""
+    documents: int | None
+    """Rows to read from the file, in its own order, of which it may hold more; None: all, and nobody has counted them.
+    """
     url: str | None = None
+    etag: str | None = None
+    """What the server called this content, where that promises anything about its bytes."""
+    checksum: tuple[str, str] | None = None
+    """The publisher's: algorithm and digest of the whole file."""
+    whole: bool = True
+    """False where only the beginning of the publisher's file is taken."""
 
 
 class RawManifest(BaseModel):
@@ -51,31 +63,42 @@ class RawManifest(BaseModel):
     layout: Literal["documents", "published"]
     """`documents`: Parquet of ours with the columns id, text and metadata. `published`: files as their publisher made
     them, with the text in the column that the configuration names."""
+    streamed: bool = False
+    """The files are not here: they are read from their addresses."""
+    limit: int | None = None
+    """The limit in bytes that left something out, or None where everything is here."""
+    taken: int | None = None
+    """Bytes that count towards the limit: of the files, or the beginnings of them, at their publisher."""
     files: list[RawFile]
     quarantined: dict[str, int] = {}
     """Records that could not be read, by reason; each one stands in `quarantine.jsonl`."""
 
     @property
-    def documents(self) -> int:
-        """Documents of all files together."""
-        return sum(file.documents for file in self.files)
+    def documents(self) -> int | None:
+        """Documents of all files together; None where some have not been counted."""
+        counts = [file.documents for file in self.files]
+        return None if None in counts else sum(count or 0 for count in counts)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all files together, as they lie on disk."""
-        return sum(file.bytes for file in self.files)
+        """Bytes of all files together, as they lie on disk or would, as far as they are known."""
+        return sum(file.bytes or 0 for file in self.files)
 
     def matches(self, source: SourceConfig) -> bool:
-        """Whether the data on disk is what `source` asks for.
+        """Whether the data is what `source` asks for.
 
-        The text column of published files is chosen when they are read, so it does not count.
+        What is chosen when published files are read, and what changes nothing in the data, does not count.
         """
         try:
             settings: SourceConfig = TypeAdapter(SourceConfig).validate_python(self.settings)
         except ValidationError:
             return False
-        left_out = {"text_column"} if self.layout == "published" else set()
+        left_out = LEAVES_NO_TRACE | (CHOSEN_IN_READING if self.layout == "published" else set())
         return settings.model_dump(exclude=left_out) == source.model_dump(exclude=left_out)
+
+    def within(self, limit: int | None) -> bool:
+        """Whether the data is what a download with this limit in bytes would bring."""
+        return self.limit == limit or self.limit is None and (limit is None or (self.taken or 0) <= limit)
 
     def save(self, folder: Path) -> None:
         """Write the manifest into `folder`, atomically."""
@@ -102,10 +125,10 @@ def damaged_files(
 ) -> list[str]:
     """Files of the manifest that are missing or of another size or, with `checksums`, of another SHA-256.
 
-    `advance` is called with the number of bytes checked.
+    `advance` is called with the number of bytes checked. Of a streamed source none can be.
     """
     damaged = []
-    for file in manifest.files:
+    for file in () if manifest.streamed else manifest.files:
         path = folder / file.path
         good = path.is_file() and path.stat().st_size == file.bytes
         if good and checksums:

@@ -10,9 +10,10 @@ from typing import IO
 from config.errors import UserError
 from config.files import disk_errors
 from data.documents import BadRecord
+from data.formats.rows import LEFT_OUT
 
-HARMLESS = frozenset({"empty"})
-"""Reasons that do not make a source bad: many good data sets hold empty rows."""
+HARMLESS = frozenset({"empty", LEFT_OUT})
+"""Reasons that do not make a source bad: many good data sets hold empty rows, and some rows nobody asked for."""
 
 
 class Quarantine:

@@ -411,7 +411,7 @@ class TestFiles:
     def test_a_long_text_file_becomes_several_documents(self, corpus: Path) -> None:
         (corpus / "a.txt").write_text("A paragraph of some length.\n\n" * 100)
         config = files_config("a.txt", max_document_bytes=500)
-        assert download(config).manifest.documents > 5
+        assert (download(config).manifest.documents or 0) > 5
         assert "".join(document.text for document in documents(config)) == "A paragraph of some length.\n\n" * 100
 
     def test_two_downloads_of_one_source_do_not_mix(self, corpus: Path) -> None:

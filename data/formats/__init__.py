@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import IO
 
-from data.formats.rows import Fault, Row, Wanted
+from data.formats.rows import Fault, Keep, Row, Wanted
 
 COMPRESSIONS = (".gz", ".zst")
 SUFFIXES = tuple(
-    [".parquet"] + [base + packed for base in (".txt", ".md", ".jsonl", ".csv") for packed in ("", *COMPRESSIONS)]
+    [".parquet", ".json.gz", ".json.zst"]
+    + [base + packed for base in (".txt", ".md", ".jsonl", ".csv") for packed in ("", *COMPRESSIONS)]
 )
 """Names that a readable file may end in."""
 DOCUMENT_BYTES = 1_000_000
@@ -29,13 +30,13 @@ def read_rows(
     limit: int | None = None,
     with_columns: bool = False,
     document_bytes: int = DOCUMENT_BYTES,
-    start: int = 0,
+    keep: Keep | None = None,
 ) -> Iterator[Row | Fault]:
     """The rows of an open binary file whose format the suffix of `path` tells; memory is bounded by the longest row.
 
     `wanted` chooses the units to read (row groups, blocks of rows, pieces of a text file), `limit` the number of rows,
     `with_columns` asks for the short columns beside the text, `document_bytes` is where a long text file is cut.
-    Rows numbered below `start` may be passed over, where that saves reading them.
+    Rows that `keep` leaves out are reported as faults whose reason is `left-out`, one for each unit.
     """
     suffix = suffix_of(path)
     if suffix is None:
@@ -43,25 +44,39 @@ def read_rows(
     if suffix == ".parquet":
         from data.formats.parquet import read_parquet
 
-        return read_parquet(file, text_column, wanted, limit, with_columns, start)
+        return read_parquet(file, text_column, wanted, limit, with_columns, keep)
     path = path.lower()
-    if suffix.startswith(".jsonl"):
+    if suffix.startswith(".json"):
         from data.formats.jsonl import read_jsonl
 
-        return read_jsonl(file, path, text_column, wanted, limit, with_columns)
+        return read_jsonl(file, path, text_column, wanted, limit, with_columns, keep)
     if suffix.startswith(".csv"):
         from data.formats.delimited import read_csv
 
-        return read_csv(file, path, text_column, wanted, limit, with_columns)
+        return read_csv(file, path, text_column, wanted, limit, with_columns, keep)
     from data.formats.plain import read_text
 
     return read_text(file, path, wanted, limit, document_bytes)
 
 
-def count_rows(file: IO[bytes], path: str, text_column: str) -> int:
-    """Rows of an open file, faulty ones included: what `limit` counts. Parquet tells, other formats must be read."""
-    if suffix_of(path) == ".parquet":
+def count_rows(
+    file: IO[bytes], path: str, text_column: str, *, document_bytes: int = DOCUMENT_BYTES, cut: bool = False
+) -> int:
+    """Rows of an open file, faulty ones included: what `limit` counts. Parquet tells, other formats must be read.
+
+    With `cut`, the file is the beginning of another one, and only rows that are whole for certain are counted.
+    """
+    suffix = suffix_of(path) or ""
+    if suffix == ".parquet":
         from data.formats.parquet import count_parquet_rows
 
         return count_parquet_rows(file)
-    return sum(row.count if isinstance(row, Fault) else 1 for row in read_rows(file, path, text_column))
+    if suffix.startswith(".json"):
+        from data.formats.jsonl import count_lines
+
+        return count_lines(file, path.lower(), cut)
+    rows = before_last = 0
+    for row in read_rows(file, path, text_column, document_bytes=document_bytes):
+        before_last = rows if isinstance(row, Row) else before_last
+        rows += row.count if isinstance(row, Fault) else 1
+    return before_last if cut else rows

@@ -6,7 +6,18 @@ import csv
 from collections.abc import Iterator
 from typing import IO
 
-from data.formats.rows import BLOCK_ROWS, RECORD_BYTES, Fault, Row, Wanted, excerpt_of, plain_columns, row_or_fault
+from data.formats.rows import (
+    BLOCK_ROWS,
+    RECORD_BYTES,
+    Fault,
+    Keep,
+    LeftOut,
+    Row,
+    Wanted,
+    excerpt_of,
+    plain_columns,
+    row_or_fault,
+)
 from data.formats.streams import BrokenStream, bounded_lines, chunks
 
 # Bytes that are not UTF-8 travel through the CSV parser as these.
@@ -14,7 +25,13 @@ _ESCAPED = frozenset(chr(code) for code in range(0xDC80, 0xDD00))
 
 
 def read_csv(
-    file: IO[bytes], path: str, text_column: str, wanted: Wanted, limit: int | None, with_columns: bool
+    file: IO[bytes],
+    path: str,
+    text_column: str,
+    wanted: Wanted,
+    limit: int | None,
+    with_columns: bool,
+    keep: Keep | None,
 ) -> Iterator[Row | Fault]:
     """One row per record after the header, numbered by the line it ends on; quoted fields may span lines."""
     csv.field_size_limit(RECORD_BYTES)
@@ -34,6 +51,7 @@ def read_csv(
             yield Fault(1, "missing-text", excerpt_of(header_line), max(count, 1), tuple(header))
         return
     reader = csv.reader(lines, delimiter=delimiter)
+    left_out = LeftOut()
     row = 0
     while limit is None or row < limit:
         try:
@@ -48,8 +66,12 @@ def read_csv(
         if not fields:
             continue
         if wanted(row // BLOCK_ROWS):
-            yield _row(lines.number, header, fields, text_column, with_columns)
+            if keep is None or keep(dict(zip(header, fields))):
+                yield _row(lines.number, header, fields, text_column, with_columns)
+            else:
+                yield from left_out.add(row // BLOCK_ROWS, lines.number)
         row += 1
+    yield from left_out.report()
     if wanted(row // BLOCK_ROWS):
         yield from lines.faults
 

@@ -1,4 +1,4 @@
-"""JSON Lines: one object per line, as .jsonl, .jsonl.gz or .jsonl.zst."""
+"""JSON Lines: one object per line, as .jsonl, .jsonl.gz, .jsonl.zst, .json.gz or .json.zst."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from typing import IO, Any
 
 import orjson
 
-from data.formats.rows import BLOCK_ROWS, Fault, Row, Wanted, excerpt_of, plain_columns, row_or_fault
+from data.formats.rows import BLOCK_ROWS, Fault, Keep, LeftOut, Row, Wanted, excerpt_of, plain_columns, row_or_fault
 from data.formats.streams import BrokenStream, bounded_lines, chunks
 
 
 def read_jsonl(
-    file: IO[bytes], path: str, text_column: str, wanted: Wanted, limit: int | None, with_columns: bool
+    file: IO[bytes],
+    path: str,
+    text_column: str,
+    wanted: Wanted,
+    limit: int | None,
+    with_columns: bool,
+    keep: Keep | None,
 ) -> Iterator[Row | Fault]:
     """One row per line that is not blank; lines that are not wanted are not parsed."""
+    left_out = LeftOut()
     row = 0
     number = 0
     lines = bounded_lines(chunks(file, path))
@@ -24,11 +31,11 @@ def read_jsonl(
         try:
             line, length = next(lines)
         except StopIteration:
-            return
+            break
         except BrokenStream as error:
             if wanted(row // BLOCK_ROWS):
                 yield Fault(number + 1, error.reason)
-            return
+            break
         number += 1
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -38,11 +45,28 @@ def read_jsonl(
             if len(line) < length and number > 1 or len(line) < length - len(codecs.BOM_UTF8):
                 yield Fault(number, "line-too-long", excerpt_of(line))
             else:
-                yield _parse(number, line, text_column, with_columns)
+                found = _parse(number, line, text_column, with_columns, keep)
+                if found is not None:
+                    yield found
+                else:
+                    yield from left_out.add(row // BLOCK_ROWS, number)
         row += 1
+    yield from left_out.report()
 
 
-def _parse(number: int, line: bytes, text_column: str, with_columns: bool) -> Row | Fault:
+def count_lines(file: IO[bytes], path: str, cut: bool) -> int:
+    """Lines that are not blank, of a file that is `cut` only those that are whole for certain; nothing is parsed."""
+    rows = 0
+    try:
+        for line, _ in bounded_lines(chunks(file, path)):
+            rows += bool(line.strip())
+    except BrokenStream:
+        return rows
+    return max(rows - cut, 0)
+
+
+def _parse(number: int, line: bytes, text_column: str, with_columns: bool, keep: Keep | None) -> Row | Fault | None:
+    """The row of a line, or why there is none, or None where `keep` leaves it out."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -51,6 +75,8 @@ def _parse(number: int, line: bytes, text_column: str, with_columns: bool) -> Ro
             return Fault(number, record, excerpt_of(line))
     if not isinstance(record, dict):
         return Fault(number, "not-an-object", excerpt_of(line))
+    if keep is not None and not keep(record):
+        return None
     columns = plain_columns(record, text_column) if with_columns else {}
     text = record.get(text_column)
     return row_or_fault(number, text, columns, tuple(record) if text is None else ())

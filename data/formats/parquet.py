@@ -8,7 +8,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.formats.rows import Fault, Row, Wanted, plain_columns, row_or_fault
+from data.formats.rows import Fault, Keep, LeftOut, Row, Wanted, plain_columns, row_or_fault
 
 BATCH_BYTES = 16 << 20
 BUFFER_BYTES = 1 << 20
@@ -16,9 +16,9 @@ UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
 def read_parquet(
-    file: IO[bytes], text_column: str, wanted: Wanted, limit: int | None, with_columns: bool, start: int
+    file: IO[bytes], text_column: str, wanted: Wanted, limit: int | None, with_columns: bool, keep: Keep | None
 ) -> Iterator[Row | Fault]:
-    """One row per row of the file, numbered from 0; row groups that lie wholly before row `start` are not read."""
+    """One row per row of the file, numbered from 0."""
     try:
         content = pq.ParquetFile(file, buffer_size=BUFFER_BYTES)
     except UNREADABLE as error:
@@ -27,14 +27,16 @@ def read_parquet(
         return
     schema = content.schema_arrow
     columns = [text_column, *_plain(schema, text_column)] if with_columns else [text_column]
+    if keep is not None and keep.root in schema.names and keep.root not in columns:
+        columns.append(keep.root)
     first = 0
     for group in range(content.num_row_groups):
         size = content.metadata.row_group(group).num_rows
         if limit is not None:
             size = min(size, limit - first)
-        if size > 0 and wanted(group) and first + size > start:
+        if size > 0 and wanted(group):
             if text_column in schema.names:
-                yield from _read_group(content, group, first, size, columns, start)
+                yield from _read_group(content, group, first, size, columns, keep)
             else:
                 yield Fault(first, "missing-text", "", size, tuple(schema.names))
         first += size
@@ -49,28 +51,36 @@ def count_parquet_rows(file: IO[bytes]) -> int:
 
 
 def _read_group(
-    content: Any, group: int, first: int, size: int, columns: list[str], start: int
+    content: Any, group: int, first: int, size: int, columns: list[str], keep: Keep | None
 ) -> Iterator[Row | Fault]:
     metadata = content.metadata.row_group(group)
+    left_out = LeftOut()
     rows = max(1, min(1000, BATCH_BYTES * metadata.num_rows // max(metadata.total_byte_size, 1)))
     number = first
     try:
         for batch in content.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
             batch = batch.slice(0, first + size - number)
-            for row in _read_batch(batch, number, columns):
-                if row.number >= start:
+            for place, row in enumerate(_read_batch(batch, number, columns, keep), number):
+                if row is not None:
                     yield row
+                else:
+                    yield from left_out.add(group, place)
             number += batch.num_rows
             if number >= first + size:
-                return
+                break
     except UNREADABLE as error:
         yield Fault(number, "corrupt", str(error).splitlines()[0], first + size - number)
+    yield from left_out.report()
 
 
-def _read_batch(batch: Any, number: int, columns: list[str]) -> Iterator[Row | Fault]:
+def _read_batch(batch: Any, number: int, columns: list[str], keep: Keep | None) -> Iterator[Row | Fault | None]:
+    """One item per row: None where `keep` leaves it out."""
     values = {name: _values(batch.column(batch.schema.get_field_index(name))) for name in columns}
     texts = values[columns[0]]
     for offset, text in enumerate(texts):
+        if keep is not None and not keep({name: values[name][offset] for name in columns}):
+            yield None
+            continue
         if isinstance(text, bytes):
             yield Fault(number + offset, "invalid-utf8", text[:200].decode("utf-8", "backslashreplace"))
             continue

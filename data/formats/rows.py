@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,9 @@ BLOCK_ROWS = 1000
 """Rows of a line-based file that are dealt to workers together."""
 EXCERPT = 200
 """Characters of a faulty record that are kept."""
+
+LEFT_OUT = "left-out"
+"""The reason of rows that are readable and not asked for."""
 
 Wanted = Callable[[int], bool]
 """Which units of a file to read: row groups of Parquet, blocks of `BLOCK_ROWS` rows of everything else."""
@@ -38,6 +41,48 @@ class Fault:
     """Rows that this fault stands for."""
     columns: tuple[str, ...] = ()
     """Columns that are there, where the text column is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Which rows to read: those whose `column`, `a.b` being the field b of the column a, has one of the `values`."""
+
+    column: str
+    values: frozenset[str]
+
+    @property
+    def root(self) -> str:
+        """The column that the field is in."""
+        return self.column.partition(".")[0]
+
+    def __call__(self, record: dict[str, Any]) -> bool:
+        """Whether to keep `record`."""
+        value: Any = record
+        for key in [self.column] if self.column in record else self.column.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value is not None and str(value) in self.values
+
+
+class LeftOut:
+    """Rows that a `Keep` leaves out, reported as one fault for each unit of the file."""
+
+    def __init__(self) -> None:
+        self._unit = -1
+        self._first = 0
+        self._count = 0
+
+    def add(self, unit: int, number: int) -> Iterator[Fault]:
+        """Count the row `number`; gives the report on an earlier unit when that is complete."""
+        if unit != self._unit:
+            yield from self.report()
+            self._unit, self._first = unit, number
+        self._count += 1
+
+    def report(self) -> Iterator[Fault]:
+        """The report on the rows so far, if there are any."""
+        if self._count:
+            yield Fault(self._first, LEFT_OUT, "", self._count)
+        self._count = 0
 
 
 def excerpt_of(data: bytes | str) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
 import tenacity
 
 from config.errors import UserError
-from data.transport.retry import LONGEST_WAIT, PASSING, TIMEOUT, retry_after
+from data.transport.clients import hub_endpoint
+from data.transport.retry import LONGEST_WAIT, PASSING, retry_after
 
 CONVERTED = "refs/convert/parquet"
 """The branch on which the hub keeps a Parquet copy of many data sets, as `subset/split/0000.parquet`."""
@@ -44,30 +44,15 @@ class Repository:
 
 
 class Hub:
-    """The hub at `HF_ENDPOINT`, or huggingface.co, as the user who is logged in or named by `HF_TOKEN`.
-
-    A context manager, in which `client` sends requests for files.
-    """
+    """The hub at `HF_ENDPOINT`, or huggingface.co, as the user who is logged in or named by `HF_TOKEN`."""
 
     def __init__(self) -> None:
         # Read when the client is imported. Its other protocol needs a server of its own, and the bytes come by ours.
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-        from huggingface_hub import HfApi, constants, get_token
+        from huggingface_hub import HfApi
 
-        self.endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
-        token = get_token()
-        headers = {"User-Agent": "quern"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        # The client takes the token off when it is redirected to another host.
-        self.client = httpx.Client(headers=headers, timeout=TIMEOUT, follow_redirects=True)
+        self.endpoint = hub_endpoint()
         self._api = HfApi(endpoint=self.endpoint)
-
-    def __enter__(self) -> Hub:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.client.close()
 
     def repository(self, name: str, revision: str) -> Repository:
         """What `name` holds at `revision`. Raises `UserError` where it is missing, private, gated or out of reach."""

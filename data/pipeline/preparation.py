@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from config.errors import UserError
 from config.schema import DataConfig
-from data.manifest import QUARANTINE, RawManifest, file_sha256, load_raw_manifest
+from data.download import raw_manifest
+from data.manifest import LEAVES_NO_TRACE, QUARANTINE, RawFile, RawManifest, file_sha256
 from data.tokens import MANIFEST, TokenFiles, TokensManifest
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ NO_TRACE = {"workers", "tasks", "batch_documents", "max_bad_fraction"}  # settin
 
 def raw_manifests(data: DataConfig) -> list[RawManifest]:
     """The manifest of every source in use; `UserError` for the first that was not downloaded."""
-    return [load_raw_manifest(Path(data.raw_dir) / name) for name in data.use]
+    return [raw_manifest(name, data) for name in data.use]
 
 
 def recorded_settings(data: DataConfig) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def recorded_settings(data: DataConfig) -> dict[str, Any]:
     return {
         "seed": data.seed,
         "use": list(data.use),
-        "sources": {name: data.sources[name].model_dump(mode="json") for name in data.use},
+        "sources": {name: data.sources[name].model_dump(mode="json", exclude=LEAVES_NO_TRACE) for name in data.use},
         "preprocess": data.preprocess.model_dump(mode="json", exclude=NO_TRACE),
     }
 
@@ -39,7 +40,7 @@ def fingerprint(data: DataConfig, raw: Sequence[RawManifest], tokenizer: Tokeniz
     """SHA-256 over all that the token files depend on: settings, checksums of the inputs, tokenizer, this code."""
     inputs = [
         {
-            "files": [[file.path, file.sha256, file.documents] for file in manifest.files],
+            "files": [_state(file) for file in manifest.files],
             "quarantine": _checksum(Path(data.raw_dir) / name / QUARANTINE),
         }
         for name, manifest in zip(data.use, raw)
@@ -53,6 +54,13 @@ def fingerprint(data: DataConfig, raw: Sequence[RawManifest], tokenizer: Tokeniz
         "tokenizer": [tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_text_id],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _state(file: RawFile) -> list[Any]:
+    """What tells the content of a file: its checksum, or where it is streamed, all that is known of it."""
+    if file.sha256 is not None:
+        return [file.path, file.sha256, file.documents]
+    return [file.path, file.url, file.bytes, file.etag, file.checksum, file.documents]
 
 
 def present(tokens_dir: Path, expected: str) -> TokensManifest | None:

@@ -70,7 +70,7 @@ def preprocess(data: DataConfig, *, force: bool, show: Show) -> tuple[TokensMani
         for other in partial.iterdir() if partial.is_dir() else ():
             if force or other.name != key:
                 shutil.rmtree(other)
-        documents = sum(source.documents for source in raw)
+        documents = sum(source.documents or 0 for source in raw)
         with Workers(data.preprocess.workers or available_cores()) as workers, disk_errors(partial / key):
             work = _Work(data, tokenizer, documents, partial / key, workers, show)
             if not (work.folder / OUTPUT).exists():

@@ -3,6 +3,10 @@
 A kind is a module with two functions. `revision(name, config)` is the state of the origin as far as it can be told
 without a network, or None; a source whose revision changed is fetched again. `download(name, config, folder, job)`
 fills `folder`, which may hold what an interrupted run left, and returns the manifest; it is not yet saved.
+
+A kind whose publisher has files in a format we read only has to list them: its `download` calls
+`data.published.bring.bring` with a function that returns a `Listing`, and limits, parallel and continued downloads,
+reuse of what is there, and streaming work. Its settings derive from `config.sources.PublishedSection`.
 """
 
 from __future__ import annotations
@@ -17,7 +21,12 @@ if TYPE_CHECKING:
 
     from data.manifest import RawManifest
 
-KINDS = {"sample": "data.sources.sample", "files": "data.sources.files", "hub": "data.sources.hub"}
+KINDS = {
+    "sample": "data.sources.sample",
+    "files": "data.sources.files",
+    "urls": "data.sources.urls",
+    "hub": "data.sources.hub",
+}
 
 
 def _silent() -> Progress:
@@ -35,6 +44,11 @@ class Job:
     previous: Path | None = None
     """The folder of an earlier complete download, whose files may be used again where they are still right."""
     progress: Progress = field(default_factory=_silent)
+    max_bytes: int | None = None
+    """Take files of at most so many bytes, as they are published."""
+    streaming: bool = False
+    """Note down where the files are, and fetch nothing."""
+    connections_per_host: int = 4
 
 
 class Source(Protocol):

@@ -1,12 +1,13 @@
 """The user's own files: .txt, .md, .jsonl, .csv (each also as .gz or .zst) and .parquet, by path, folder or glob.
 
+They lie here, or at an address of any file system that fsspec knows, such as s3://bucket/folder.
+
 They are copied once into documents of our own layout, so that later stages read one thing, and a file that changes or
-disappears meanwhile does not change what was trained on.
+disappears meanwhile does not change what was trained on. When they are streamed, nothing is copied.
 """
 
 from __future__ import annotations
 
-import glob
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,27 +16,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config.errors import UserError
-from config.schema import FilesSourceConfig
-from data.documents import bad_record
-from data.formats import SUFFIXES, read_rows, suffix_of
+from config.sources import FilesSourceConfig
+from data.documents import bad_record, row_options
+from data.formats import read_rows
 from data.formats.rows import Fault, Row
-from data.manifest import MANIFEST, RawManifest
+from data.manifest import RawManifest
+from data.published.bring import bring
+from data.published.limits import choose, cut_short, rows_there, taken_bytes
+from data.published.listing import ListedFile, Listing
+from data.published.opening import is_local, open_published
 from data.quarantine import check_bad_fraction
 from data.sources import Job
+from data.sources.paths import input_files
 from data.store import DocumentWriter, empty_folder
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from data.published.limits import Chosen
 
-def revision(name: str, config: FilesSourceConfig) -> str:
-    """A hash over the names, sizes and times of change of the files that are there now."""
+
+def revision(name: str, config: FilesSourceConfig) -> str | None:
+    """A hash over the names, sizes and times of change of the files that are here now; None if some are elsewhere."""
     import xxhash
 
+    if not all(map(is_local, config.paths)):
+        return None
     digest = xxhash.xxh3_128()
-    for position, path in input_files(name, config):
-        status = path.stat()
-        digest.update(f"{position}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    for file in input_files(name, config):
+        digest.update(f"{file.path}\0{file.size}\0{os.stat(file.url).st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
 
@@ -43,18 +52,21 @@ def download(name: str, config: FilesSourceConfig, folder: Path, job: Job) -> Ra
     """Copy the documents of the files into `folder`; what is no document is set aside with its reason."""
     state = revision(name, config)
     files = input_files(name, config)
-    task = job.progress.add_task(name, total=sum(path.stat().st_size for _, path in files))
+    if job.streaming:
+        listing = Listing(", ".join(config.paths), config.about.licence or "your own", files, state)
+        return bring(name, "files", config, folder, job, lambda: listing)
+    chosen = list(choose(files, job.max_bytes))
+    task = job.progress.add_task(name, total=taken_bytes(chosen))
     empty_folder(folder)
     missing: Counter[tuple[str, ...]] = Counter()
     with DocumentWriter(folder, name) as writer:
-        for position, path in files:
-            for row in _rows(path, config, job, task):
-                where = f"{position}:{row.number}"
-                if isinstance(row, Fault):
-                    missing[row.columns] += row.count if row.columns else 0
-                    writer.quarantine.add(bad_record(name, where, row))
-                else:
-                    writer.add(where, row.text, {**row.columns, "file": position, "row": row.number})
+        for position, row in _rows(chosen, config, job, task):
+            where = f"{position}:{row.number}"
+            if isinstance(row, Fault):
+                missing[row.columns] += row.count if row.columns else 0
+                writer.quarantine.add(bad_record(name, where, row))
+            else:
+                writer.add(where, row.text, {**row.columns, "file": position, "row": row.number})
     if not writer.documents and +missing:
         columns = max(missing, key=missing.__getitem__)
         raise UserError(
@@ -69,69 +81,44 @@ def download(name: str, config: FilesSourceConfig, folder: Path, job: Job) -> Ra
         kind="files",
         origin=", ".join(config.paths),
         revision=state,
-        licence="your own",
+        licence=config.about.licence or "your own",
         retrieved=datetime.now(UTC).replace(microsecond=0),
         settings=config.model_dump(mode="json"),
         layout="documents",
+        limit=job.max_bytes if cut_short(chosen, files) else None,
+        taken=taken_bytes(chosen),
         files=writer.files,
         quarantined=dict(bad.counts),
     )
 
 
-def _rows(path: Path, config: FilesSourceConfig, job: Job, task: TaskID) -> Iterator[Row | Fault]:
+def _rows(chosen: list[Chosen], config: FilesSourceConfig, job: Job, task: TaskID) -> Iterator[tuple[str, Row | Fault]]:
+    """Position of the file and row, for each row up to `config.max_documents`."""
+    left = config.max_documents
+    for choice in chosen:
+        limit = None
+        if choice.take is not None:
+            limit = rows_there(choice, config.text_column, config.max_document_bytes)
+        if left is not None:
+            limit = left if limit is None else min(limit, left)
+        for row in _rows_of(choice.file, limit, config, job, task):
+            if left is not None:
+                left -= row.count if isinstance(row, Fault) else 1
+            yield choice.file.path, row
+        if left is not None and left <= 0:
+            return
+
+
+def _rows_of(
+    file: ListedFile, limit: int | None, config: FilesSourceConfig, job: Job, task: TaskID
+) -> Iterator[Row | Fault]:
     """The rows of one file; the bar advances by how far into the file the reader is, and Parquet by the whole file."""
-    bounds = config.max_document_bytes
     seen = 0
-    with open(path, "rb") as file:
-        for count, row in enumerate(
-            read_rows(file, path.name, config.text_column, with_columns=True, document_bytes=bounds)
-        ):
+    with open_published(file.url, file.size, file.etag) as content:
+        rows = read_rows(content, file.path, with_columns=True, limit=limit, **row_options(config))
+        for count, row in enumerate(rows):
             yield row
-            if count % 1000 == 0 and path.suffix != ".parquet":
-                job.progress.advance(task, file.tell() - seen)
-                seen = file.tell()
-    job.progress.advance(task, path.stat().st_size - seen)
-
-
-def input_files(name: str, config: FilesSourceConfig) -> list[tuple[str, Path]]:
-    """Every file that `paths` names, with its position: its path below the deepest folder that holds them all.
-
-    So the positions, and the ids made of them, do not depend on where that folder lies. Sorted by position. In a folder
-    or a glob, hidden files and those of other formats are passed over.
-    """
-    if not config.paths:
-        raise UserError(
-            f"Source {name!r} names no files. Set data.sources.{name}.paths, for example to '[\"notes/**/*.md\"]'; "
-            "files, folders and globs will do."
-        )
-    found: set[Path] = set()
-    for pattern in config.paths:
-        found.update(Path(os.path.abspath(path)) for path in _matches(pattern))
-    parent = Path(os.path.commonpath([path.parent for path in found]))
-    return sorted((_readable(path.relative_to(parent).as_posix()), path) for path in found)
-
-
-def _readable(name: str) -> str:
-    """A file's name that can be written down, whatever bytes it is made of."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _matches(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        if suffix_of(path.name) is None:
-            raise UserError(f"{pattern} is of no format that can be read. Those are: {', '.join(SUFFIXES)}.")
-        return [path]
-    names = glob.glob(os.path.join(glob.escape(str(path)), "**") if path.is_dir() else str(path), recursive=True)
-    files = [Path(name) for name in names if suffix_of(name) is not None and os.path.isfile(name) and not _ours(name)]
-    if not files and names:
-        raise UserError(f"{pattern} matches no file that can be read. Formats: {', '.join(SUFFIXES)}.")
-    if not files:
-        raise UserError(f"{pattern} matches no file. It is relative to the current folder, {Path.cwd()}.")
-    return files
-
-
-def _ours(name: str) -> bool:
-    """Whether the file is itself a copy that a download made, met because a glob covers the corpus folder."""
-    folder, file = os.path.split(name)
-    return file.startswith("documents-") and file.endswith(".parquet") and (Path(folder) / MANIFEST).exists()
+            if count % 1000 == 0 and not file.path.endswith(".parquet"):
+                job.progress.advance(task, content.tell() - seen)
+                seen = content.tell()
+    job.progress.advance(task, (file.size or 0) - seen)

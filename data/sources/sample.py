@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from config.errors import UserError
-from config.schema import SampleSourceConfig
+from config.sources import SampleSourceConfig
 from data.documents import BadRecord
 from data.formats.rows import Fault
 from data.manifest import RawManifest
@@ -80,6 +80,7 @@ def download(name: str, config: SampleSourceConfig, folder: Path, job: Job) -> R
         retrieved=datetime.now(UTC).replace(microsecond=0),
         settings=config.model_dump(mode="json"),
         layout="documents",
+        taken=sum(path.stat().st_size for path in modules),
         files=writer.files,
         quarantined=dict(writer.quarantine.counts),
     )

@@ -46,7 +46,8 @@ def build(config: Config, show: Show) -> Built:
 
     def advance(corpus: Corpus) -> None:
         mean = max(1, corpus.bytes // corpus.documents)
-        total = min(corpus.expected_documents, config.data.tokenizer.max_training_bytes // mean)
+        enough = config.data.tokenizer.max_training_bytes // mean
+        total = enough if corpus.expected_documents is None else min(corpus.expected_documents, enough)
         show(corpus.documents, max(total - len(corpus.held_out), corpus.documents))
 
     def shown() -> Iterator[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.documents import Document, read_documents
-from data.manifest import RawManifest, load_raw_manifest
+from data.download import raw_manifest
+from data.manifest import RawManifest
 from data.tokenization.training import interleave
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ HELD_OUT_ONE_IN = 50
 KEPT_CHARACTERS = 2_000_000
 ALWAYS_TRAINED = 100
 PACKED = {".parquet": 4, ".gz": 3, ".zst": 4}  # bytes of text to expect for each byte on disk
+UNKNOWN_BYTES = 100_000_000  # of a streamed file whose publisher does not tell
 
 
 @dataclass
@@ -34,9 +36,10 @@ class Corpus:
     _room: dict[bool, int] = field(default_factory=lambda: {False: KEPT_CHARACTERS, True: KEPT_CHARACTERS})
 
     @property
-    def expected_documents(self) -> int:
-        """Documents in all sources together."""
-        return sum(manifest.documents for manifest in self.manifests.values())
+    def expected_documents(self) -> int | None:
+        """Documents in all sources together, where they have been counted."""
+        counts = [manifest.documents for manifest in self.manifests.values()]
+        return None if None in counts else sum(count or 0 for count in counts)
 
     def keep(self, document: Document) -> bool:
         """Whether `document` is kept back; if so, or if it is among the first, remember its text."""
@@ -52,7 +55,7 @@ class Corpus:
 
 def open_corpus(data: DataConfig) -> Corpus:
     """The downloaded sources in `data.use`; `UserError` for the first that is missing."""
-    return Corpus({name: load_raw_manifest(Path(data.raw_dir) / name) for name in data.use})
+    return Corpus({name: raw_manifest(name, data) for name in data.use})
 
 
 def training_texts(corpus: Corpus, data: DataConfig, advance: Callable[[Corpus], None]) -> Iterator[str]:
@@ -82,6 +85,11 @@ def training_texts(corpus: Corpus, data: DataConfig, advance: Callable[[Corpus],
 
 
 def _parts(manifest: RawManifest, share: int) -> int:
-    """Into how many parts to cut a source so that about one of them, which is spread all over it, is the share."""
-    size = sum(file.bytes * PACKED.get(Path(file.path).suffix, 1) for file in manifest.files)
-    return max(1, -(-size // max(share, 1)))
+    """Into how many parts to cut a source so that about one of them, which is spread all over it, is the share.
+
+    Published files that can only be read from their beginning are not cut.
+    """
+    size = sum((file.bytes or UNKNOWN_BYTES) * PACKED.get(Path(file.path).suffix, 1) for file in manifest.files)
+    parts = max(1, -(-size // max(share, 1)))
+    lines = manifest.layout == "published" and not all(file.path.endswith(".parquet") for file in manifest.files)
+    return min(parts, len(manifest.files)) if lines else parts

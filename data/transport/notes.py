@@ -14,12 +14,19 @@ class RemoteFile:
     """A file to fetch: its address, its place on disk, and its size and checksum as far as the publisher tells them.
 
     `checksum` is the algorithm and the digest in hexadecimal: any name of `hashlib`, or `git-sha1` for a git blob.
+    With `take`, only so many bytes of its beginning are wanted; they cannot be checked against the checksum.
     """
 
     url: str
     path: Path
     size: int | None = None
     checksum: tuple[str, str] | None = None
+    take: int | None = None
+
+    @property
+    def wanted(self) -> int | None:
+        """How many bytes are to come, as far as that is known."""
+        return self.size if self.take is None or self.size is not None and self.size < self.take else self.take
 
     @property
     def part(self) -> Path:
@@ -39,6 +46,7 @@ class Fetched:
     file: RemoteFile
     bytes: int
     sha256: str
+    etag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,9 @@ def finished(file: RemoteFile) -> Fetched | None:
     note = read_note(file)
     if note is None or note.sha256 is None or note.size is None:
         return None
-    if file.size not in (None, note.size) or not file.path.is_file() or file.path.stat().st_size != note.size:
+    if file.wanted not in (None, note.size) or not file.path.is_file() or file.path.stat().st_size != note.size:
         return None
-    return Fetched(file, note.size, note.sha256)
+    return Fetched(file, note.size, note.sha256, note.etag)
 
 
 def unfinished_bytes(file: RemoteFile) -> int:

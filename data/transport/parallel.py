@@ -7,80 +7,82 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import httpx
 
 from data.fetch import FileFetch, Stopped
 from data.listing import format_bytes
+from data.transport.clients import client_for
 from data.transport.notes import Fetched, RemoteFile, present_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-CONNECTIONS_PER_HOST = 4
 MOST_CONNECTIONS = 16
 SECONDS_BETWEEN_LINES = 30.0
+
+Result = TypeVar("Result")
 
 
 def fetch_files(
     files: Sequence[RemoteFile],
+    then: Callable[[Fetched], Result],
     *,
     name: str,
-    client: httpx.Client,
     progress: Progress,
-    connections_per_host: int = CONNECTIONS_PER_HOST,
+    connections_per_host: int,
     first_wait: float = 1.0,
-) -> list[Fetched]:
-    """Fetch all `files`, in parallel, and return them in the same order.
+) -> list[Result]:
+    """Fetch all `files`, in parallel, and return what `then` makes of each, in the same order.
 
     What an earlier run left is continued. The first error stops the rest and is raised; so is Ctrl-C. Where the bars of
     `progress` are off because standard error is no terminal, a line there every half minute says how far things are.
 
     Args:
+        then: called with each file when it is there, in the thread that fetched it.
         name: what the bars are about.
-        client: sends the requests; it must follow redirects.
         connections_per_host: most requests at a time to one host.
     """
-    return _Transfer(files, name, client, progress, connections_per_host, first_wait).run()
+    return _Transfer(files, then, name, progress, connections_per_host, first_wait).run()
 
 
-class _Transfer:
+class _Transfer(Generic[Result]):
     def __init__(
         self,
         files: Sequence[RemoteFile],
+        then: Callable[[Fetched], Result],
         name: str,
-        client: httpx.Client,
         progress: Progress,
         connections_per_host: int,
         first_wait: float,
     ) -> None:
         self._files = files
+        self._then = then
         self._progress = progress
         self._first_wait = first_wait
         self._stop = threading.Event()
         self._waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[tuple[int, Fetched | BaseException]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[int, Result | BaseException]] = queue.SimpleQueue()
         hosts = {httpx.URL(file.url).host for file in files}
         self._slots: dict[str, threading.BoundedSemaphore] = defaultdict(
             lambda: threading.BoundedSemaphore(connections_per_host)
         )
-        self._workers = min(len(files), connections_per_host * len(hosts), MOST_CONNECTIONS)
-        self._client = client
-        sizes = [file.size for file in files]
+        self._workers = min(len(files), connections_per_host * len(hosts), max(MOST_CONNECTIONS, connections_per_host))
+        sizes = [file.wanted for file in files]
         total = None if None in sizes else sum(size or 0 for size in sizes)
         self._task = progress.add_task(name, total=total, completed=sum(present_bytes(file) for file in files))
         self._name = name
 
-    def run(self) -> list[Fetched]:
+    def run(self) -> list[Result]:
         """Start the workers, collect what they bring, and stop them all when one fails."""
         for index in range(len(self._files)):
             self._waiting.put(index)
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._workers)]
-        done: dict[int, Fetched] = {}
+        done: dict[int, Result] = {}
         try:
             for thread in threads:
                 thread.start()
@@ -109,7 +111,8 @@ class _Transfer:
             file = self._files[index]
             try:
                 with self._slots[httpx.URL(file.url).host]:
-                    self._results.put((index, self._fetch(file)))
+                    fetched = self._fetch(file)
+                self._results.put((index, self._then(fetched)))
             except Stopped:
                 return
             except BaseException as error:
@@ -118,7 +121,7 @@ class _Transfer:
     def _fetch(self, file: RemoteFile) -> Fetched:
         present = present_bytes(file)
         name = f"  {_short(file.path)}"
-        task = self._progress.add_task(name, total=file.size, completed=present)
+        task = self._progress.add_task(name, total=file.wanted, completed=present)
 
         def advance(count: int) -> None:
             self._progress.advance(task, count)
@@ -128,7 +131,7 @@ class _Transfer:
             self._progress.update(task, description=f"{name} ({why})" if why else name)
 
         try:
-            return FileFetch(self._client, file, advance, self._stop, self._first_wait, waiting).run()
+            return FileFetch(client_for(file.url), file, advance, self._stop, self._first_wait, waiting).run()
         finally:
             self._progress.remove_task(task)
 

@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
 import tenacity
 
 from config.errors import UserError
-from data.transport.retry import FRUITLESS_TRIES, FetchError, Passing, check_status, network, strong_etag, waiting_time
+from data.transport.retry import (
+    FRUITLESS_TRIES,
+    FetchError,
+    Passing,
+    check_status,
+    network,
+    strong_etag,
+    total_size,
+    waiting_time,
+)
 
 FIRST_READ = 256 << 10
 LONGEST_READ = 8 << 20
+Range = tuple[int, int]
 
 
 class RemoteStream(io.RawIOBase):
-    """A readable and seekable binary file over HTTP ranges, one of them in memory.
+    """A readable and seekable binary file over HTTP ranges, one of them in memory and the next one on its way.
 
-    A range is at least 256 KiB, and twice as long each time that reading goes straight on, up to 8 MiB.
-    Errors that pass are tried again as `data.fetch` does; others, and a file that changes meanwhile, raise `UserError`.
+    A range is at least 256 KiB, and twice as long each time that reading goes straight on, up to 8 MiB; then the one
+    after it is asked for while this one is read. There is never more than one request at a time.
+    Errors that pass are tried again as `data.fetch` does. Others raise `FetchError`, and a file that is not, or no
+    longer, of this `size` and `etag` raises `UserError`; either may be None, and is then what the first answer says.
     """
 
-    def __init__(self, client: httpx.Client, url: str, size: int, first_wait: float = 1.0) -> None:
+    def __init__(
+        self, client: httpx.Client, url: str, size: int | None = None, etag: str | None = None, first_wait: float = 1.0
+    ) -> None:
         self._client = client
         self._url = url
         self._size = size
+        self._etag = etag
         self._first_wait = first_wait
         self._position = 0
         self._start = 0
-        self._ahead = FIRST_READ // 2
+        self._length = FIRST_READ
         self._buffer = b""
-        self._etag: str | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._next: tuple[Range, Future[bytes]] | None = None
 
     def readable(self) -> bool:
         """Always."""
@@ -46,26 +63,65 @@ class RemoteStream(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move to `offset` from the beginning, the position or the end."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(base + offset, 0)
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position}
+        self._position = max((base[whence] if whence in base else self.size) + offset, 0)
         return self._position
+
+    @property
+    def size(self) -> int:
+        """Length of the file in bytes; asks the server where nobody has told it yet."""
+        if self._size is None:
+            self._load(self._position)
+        assert self._size is not None
+        return self._size
 
     def readinto(self, target: bytearray | memoryview) -> int:  # type: ignore[override]
         """Fill `target` as far as the range in memory goes, or else the file."""
-        if self._position >= self._size or not target:
+        if not target or self._size is not None and self._position >= self._size:
             return 0
-        end = self._start + len(self._buffer)
-        if not self._start <= self._position < end:
-            self._ahead = min(2 * self._ahead, LONGEST_READ) if self._position == end else FIRST_READ
-            length = max(len(target), self._ahead)
-            self._load(self._position, min(self._position + length, self._size))
+        if not self._start <= self._position < self._start + len(self._buffer):
+            self._load(self._position, len(target))
         offset = self._position - self._start
         data = self._buffer[offset : offset + len(target)]
         target[: len(data)] = data
         self._position += len(data)
         return len(data)
 
-    def _load(self, start: int, end: int) -> None:
+    def close(self) -> None:
+        """Forget what is in memory, and what is on its way when it comes."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread, self._next, self._buffer = None, None, b""
+        super().close()
+
+    def _load(self, start: int, wanted: int = 0) -> None:
+        """Bring the range that begins at `start` into memory, and send for the next one if reading goes straight on."""
+        straight = bool(self._buffer) and start == self._start + len(self._buffer)
+        self._length = min(2 * self._length, LONGEST_READ) if straight else FIRST_READ
+        coming, self._next = self._next, None
+        if coming is not None:
+            (begin, end), future = coming
+            if begin == start:
+                self._start, self._buffer = start, future.result()
+                self._send_for(end)
+                return
+            future.cancel() or future.exception()  # one request at a time
+        self._start, self._buffer = start, self._get(self._range(start, wanted))
+        if straight:
+            self._send_for(start + len(self._buffer))
+
+    def _range(self, start: int, wanted: int = 0) -> Range:
+        end = start + max(wanted, self._length)
+        return start, end if self._size is None else min(end, self._size)
+
+    def _send_for(self, start: int) -> None:
+        if self._size is None or start >= self._size:
+            return
+        self._thread = self._thread or ThreadPoolExecutor(1, "read-ahead")
+        piece = self._range(start)
+        self._next = piece, self._thread.submit(self._get, piece)
+
+    def _get(self, piece: Range) -> bytes:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Passing),
             wait=lambda state: waiting_time(state, state.attempt_number, self._first_wait),
@@ -73,22 +129,31 @@ class RemoteStream(io.RawIOBase):
             reraise=True,
         )
         try:
-            self._buffer = retrying(self._request, start, end)
+            return retrying(self._request, *piece)
         except Passing as error:
             raise FetchError(f"{self._url} could not be read: {error}. Try again later.", error.status) from error
-        self._start = start
 
     def _request(self, start: int, end: int) -> bytes:
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{end - 1}"}
         with network(), self._client.stream("GET", self._url, headers=headers) as response:
+            if response.status_code == 416:
+                self._check(total_size(response), strong_etag(response))
+                return b""
             check_status(response)
-            if response.status_code == 200 and end - start < self._size:
-                raise FetchError(f"{self._url}: the server cannot send parts of a file. Set streaming: false.")
+            if response.status_code == 200:
+                raise FetchError(f"{self._url}: the server cannot send parts of a file, so it cannot be streamed.")
+            self._check(total_size(response), strong_etag(response))
             content = response.read()
-        etag = strong_etag(response)
-        if self._etag is not None and etag is not None and etag != self._etag:
-            raise UserError(f"{self._url} changed while it was read. Start again.")
-        self._etag = etag
-        if len(content) != end - start:
+        if len(content) != min(end, self.size) - start:
             raise Passing(f"{len(content)} bytes came instead of {end - start}")
         return content
+
+    def _check(self, size: int | None, etag: str | None) -> None:
+        """Note what the first answer says of the file, and hold all later ones to it."""
+        same = None in (size, self._size) or size == self._size
+        if not same or None not in (etag, self._etag) and etag != self._etag:
+            raise UserError(f"{self._url} has changed. Type: python data/download_datasets.py --force")
+        if self._size is None and size is None:
+            raise FetchError(f"{self._url}: the server does not say how long the file is, so it cannot be streamed.")
+        self._size = size if self._size is None else self._size
+        self._etag = etag if self._etag is None else self._etag

@@ -87,3 +87,12 @@ def network() -> Iterator[None]:
         raise Passing(str(error) or type(error).__name__) from error
     except httpx.TooManyRedirects as error:
         raise FetchError(str(error)) from error
+
+
+def total_size(response: httpx.Response) -> int | None:
+    """Length of the whole file by the answer's head, in bytes, or None where that does not tell."""
+    if response.status_code in (206, 416):
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        return int(total) if total.isdigit() else None
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isdigit() else None

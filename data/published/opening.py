@@ -1,0 +1,89 @@
+"""Opening a published file wherever it lies: at an http(s) address, in any file system that fsspec knows, or here."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import IO, Any
+
+from config.errors import UserError
+from data.transport.clients import client_for, hub_endpoint
+from data.transport.remote import RemoteStream
+
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+MARKS = ("ETag", "etag", "checksum", "md5Hash", "blob_id", "LastModified", "updated", "mtime")
+"""Where the file systems keep what changes with a file, the more telling ones first."""
+READ_AHEAD = 8 << 20
+
+
+def open_published(url: str, size: int | None = None, etag: str | None = None) -> IO[bytes]:
+    """The file as a readable, seekable binary file, of which little is in memory. The caller closes it.
+
+    Raises `UserError` where it cannot be reached, or is no longer of this `size` and `etag`.
+    """
+    if url.startswith(("http://", "https://")):
+        return io.BufferedReader(RemoteStream(client_for(url), url, size, etag), 1 << 16)
+    system, path = file_system(url)
+    try:
+        found = describe(system, path)
+        if size not in (None, found[0]) or etag not in (None, found[1]):
+            raise UserError(f"{url} has changed. Type: python data/download_datasets.py --force")
+        opened: IO[bytes] = system.open(path, "rb", **({} if is_local(url) else {"block_size": READ_AHEAD}))
+        return opened
+    except OSError as error:
+        raise unreachable(url, error) from error
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` is a path of this machine."""
+    return "://" not in url or url.startswith("file://")
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system for `url`, and the path of `url` in it. `UserError` names a package that is missing."""
+    import fsspec
+
+    scheme = url.partition("://")[0] if "://" in url else "file"
+    options = {"endpoint": hub_endpoint()} if scheme == "hf" else {}
+    try:
+        system = fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        package = PACKAGES.get(scheme)
+        hint = f"the package {package}. Type: pip install {package}" if package else str(error)
+        raise UserError(f"{scheme}:// addresses need {hint}") from error
+    except ValueError as error:
+        raise UserError(f"{url}: {scheme}:// is no kind of address that can be read.") from error
+    return system, str(Path(url).absolute()) if "://" not in url else url
+
+
+def describe(system: Any, path: str) -> tuple[int | None, str | None]:
+    """Size of a file in bytes, and a mark that changes when the file does."""
+    info = system.info(path)
+    mark = next((str(info[key]) for key in MARKS if info.get(key) is not None), None)
+    return info.get("size"), mark
+
+
+def unreachable(url: str, error: Exception) -> UserError:
+    """What to tell the user about a file system's own error."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{url} is not there.")
+    return UserError(f"{url} cannot be read: {str(error) or type(error).__name__}. Check the address and your access.")
+
+
+class Beginning(io.RawIOBase):
+    """The first `length` bytes of a file, as if it ended there."""
+
+    def __init__(self, file: IO[bytes], length: int) -> None:
+        self._file = file
+        self._left = length
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, target: bytearray | memoryview) -> int:  # type: ignore[override]
+        """Fill `target` as far as the beginning goes."""
+        data = self._file.read(min(len(target), self._left))
+        target[: len(data)] = data
+        self._left -= len(data)
+        return len(data)
