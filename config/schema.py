@@ -247,6 +247,17 @@ class FinetuningConfig(Section):
     too_long: Literal["refuse", "truncate", "drop"]
 
 
+class SlurmConfig(Section):
+    """The jobs that preprocessing submits on a Slurm cluster."""
+
+    partition: str | None
+    time_hours: Rate
+    memory_gb: Rate
+    cpus: PositiveInt
+    setup: list[str]
+    options: dict[str, str | int | None]
+
+
 class DataConfig(Section):
     """Everything before the model: where data lies, where it comes from, how it becomes tokens."""
 
@@ -254,6 +265,9 @@ class DataConfig(Section):
     raw_dir: str
     tokenizer_dir: str
     tokens_dir: str
+    executor: Literal["local", "ray", "slurm"]
+    ray_address: str
+    slurm: SlurmConfig
     seed: Annotated[int, Field(ge=0)]
     use: list[str]
     streaming: bool

@@ -23,7 +23,7 @@ from config.files import disk_errors, exclusive, recover_directory, replace_dire
 from config.schema import DataConfig
 from data.funnel import Funnel, total
 from data.pipeline.bad_records import first_harmful, merge_quarantine
-from data.pipeline.executor import Stage, Workers, available_cores, run_stage
+from data.pipeline.executor import Executor, Stage, executor_for, run_stage
 from data.pipeline.preparation import fingerprint, present, raw_manifests, recorded_settings
 from data.pipeline.report import SPLITS, markdown
 from data.pipeline.shards import FilePlan, plan_files
@@ -71,7 +71,7 @@ def preprocess(data: DataConfig, *, force: bool, show: Show) -> tuple[TokensMani
             if force or other.name != key:
                 shutil.rmtree(other)
         documents = sum(source.documents or 0 for source in raw)
-        with Workers(data.preprocess.workers or available_cores()) as workers, disk_errors(partial / key):
+        with executor_for(data) as workers, disk_errors(partial / key):
             work = _Work(data, tokenizer, documents, partial / key, workers, show)
             if not (work.folder / OUTPUT).exists():
                 shutil.rmtree(work.folder / "log" / WriteStage.name, ignore_errors=True)
@@ -89,7 +89,7 @@ class _Work:
     tokenizer: Tokenizer
     documents: int
     folder: Path
-    workers: Workers
+    workers: Executor
     show: Show
 
     def run(self, identity: str) -> TokensManifest:
