@@ -85,7 +85,7 @@ def _read(
         wanted = _share(raw.path, index, len(manifest.files), part, parts, manifest.streamed)
         if wanted is None:
             continue
-        with _open(folder, manifest, raw) as file:
+        with open_raw(folder, manifest, raw) as file:
             if manifest.layout == "documents":
                 yield from read_stored(file, name, wanted)
                 continue
@@ -93,7 +93,8 @@ def _read(
                 yield _published(name, raw.path, row)
 
 
-def _open(folder: Path, manifest: RawManifest, raw: RawFile) -> IO[bytes]:
+def open_raw(folder: Path, manifest: RawManifest, raw: RawFile) -> IO[bytes]:
+    """One file of the source in `folder`, open where it is: on disk, or at its publisher's."""
     if not manifest.streamed:
         return open(folder / raw.path, "rb")
     from data.published.opening import open_published

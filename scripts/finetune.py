@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 Dataset = Annotated[
     Path | None,
-    typer.Option("--dataset", metavar="FILE.jsonl", help="Examples, one JSON object per line; also .jsonl.gz or .zst."),
+    typer.Option(
+        "--dataset",
+        metavar="FILE.jsonl",
+        help="Examples, one JSON object per line, also as .gz or .zst; or the folder of a downloaded set, such as "
+        "corpus/raw/smoltalk.",
+    ),
 ]
 Validation = Annotated[
     Path | None,

@@ -79,10 +79,11 @@ class Request:
 
 
 class HubServer:
-    """The server; a context manager. Set `HF_ENDPOINT` to its `endpoint`."""
+    """The server; a context manager. Set `HF_ENDPOINT` to its `endpoint`. `static` files answer by their path alone."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
+        self.static: dict[str, bytes] = {}
         self.requests: list[Request] = []
         self.misbehave: dict[str, list[Answer]] = defaultdict(list)
         self.paused = threading.Event()
@@ -139,6 +140,9 @@ class _Handler(BaseHTTPRequestHandler):
         request = Request(unquote(split.path), headers.get("host", ""), headers)
         self.server_state.requests.append(request)
         parts = request.path.strip("/").split("/")
+        if (file := self.server_state.static.get(request.path)) is not None:
+            self._content(request, request.path, file, f'"{hashlib.sha1(file).hexdigest()}"')
+            return
         if parts[0] == "storage":
             self._storage(request, parts[1], "/".join(parts[2:]))
             return

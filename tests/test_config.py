@@ -205,7 +205,10 @@ class TestMistakes:
             ("model.position=absolute", ["model.position", "'absolute'", "'learned' or 'rope'"]),
             ("data.use=[web]", ["data.use", "no source 'web'", "tinystories"]),
             ("data.sources.web.kind=crawl", ["data.sources.web.kind", "'crawl'", "'sample', 'files', 'urls', 'hub'"]),
-            ("data.sources.web.repository=a/b", ["data.sources.web.kind", "missing", "'sample', 'files', 'urls', 'hub'"]),
+            (
+                "data.sources.web.repository=a/b",
+                ["data.sources.web.kind", "missing", "'sample', 'files', 'urls', 'hub'"],
+            ),
             ("data.sources.web.kind=hub", ["data.sources.web.repository", "missing"]),
             ("data.sources.web={kind: hub, repository: a/b, splt: x}", ["data.sources.web.splt", "'split'"]),
             ("data.tokenizer.vocab_size=100", ["data.tokenizer.vocab_size", "256"]),

@@ -100,8 +100,9 @@ def open_finetuning(asked: Asked, watch: Watch = lambda examples, what: examples
     if dataset is None:
         raise UserError("Name the examples to train on with --dataset FILE.jsonl; docs/finetuning.md shows their form.")
     validation = asked.validation or _path(before.get("validation"))
-    examples = read_examples(dataset)
-    held_out = read_examples(validation) if validation else []
+    unusable = config.data.preprocess.max_bad_fraction
+    examples = read_examples(dataset, unusable)
+    held_out = read_examples(validation, unusable) if validation else []
     if validation:
         if format_of(held_out[0]) != format_of(examples[0]):
             raise UserError(

@@ -6,11 +6,12 @@ Three formats, one per file:
     {"prompt": "...", "completion": "..."}                        the completion is trained
     {"messages": [{"role": "user", "content": "..."}, ...]}       what the assistant says is trained
 
-Further keys of a record are ignored.
+Further keys of a record are ignored. The folder of a downloaded source will do in place of a file.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import orjson
 
 from config.errors import UserError
+from data.examples.downloaded import is_source, source_rows
 from data.formats.streams import BrokenStream, bounded_lines, chunks
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -87,25 +89,41 @@ def format_of(example: Example) -> str:
     return "prompt-completion" if isinstance(example, CompletionExample) else "messages"
 
 
-def read_examples(path: Path) -> list[Example]:
+def read_examples(path: Path, most_unusable: float = 0.0) -> list[Example]:
     """All examples of a .jsonl file, plain or compressed (.gz, .zst), in order; empty lines are skipped.
+
+    Of the folder of a downloaded source, those of all its files; there, rows that are none are left out, and counted on
+    standard error, as long as they are no more than the share `most_unusable`.
 
     Raises `UserError`: for unusable lines with their number, then file, line and reason of the first ten; for a file
     that mixes formats; for one that holds no example at all.
     """
     examples: list[Example] = []
     unusable: list[str] = []
-    for number, line in _lines(path):
+    for location, row in _rows(path):
         try:
-            examples.append(_example(f"{path}:{number}", line))
+            examples.append(_example(location, row))
         except _Unusable as reason:
-            unusable.append(f"{path}:{number}: {reason}")
+            unusable.append(f"{location}: {reason}")
+    total = len(unusable) + len(examples)
+    if unusable and (not is_source(path) or len(unusable) > most_unusable * total):
+        raise UserError(_refusal(path, unusable, total))
     if unusable:
-        raise UserError(_refusal(path, unusable, len(unusable) + len(examples)))
+        what = f"{len(unusable):,} of {total:,} rows of {path} cannot be used and are left out"
+        print(f"{what}, the first: {unusable[0]}", file=sys.stderr)
     if not examples:
         raise UserError(f"{path} holds no examples. Give it one per line: {_HELP}.")
     _refuse_mixture(path, examples)
     return examples
+
+
+def _rows(path: Path) -> Iterator[tuple[str, bytes | dict[str, Any] | None]]:
+    """Place and content of each row of a file or of a downloaded source."""
+    if is_source(path):
+        yield from source_rows(path, {key for keys in FORMATS.values() for key in keys})
+        return
+    for number, line in _lines(path):
+        yield f"{path}:{number}", line
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
@@ -129,13 +147,14 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
         raise UserError(f"{path} is {error.reason}: it cannot be decompressed to its end. Fetch it again.") from error
 
 
-def _example(location: str, line: bytes | None) -> Example:
-    if line is None:
-        raise _Unusable("the line is longer than 32 MiB")
+def _example(location: str, row: bytes | dict[str, Any] | None) -> Example:
+    if row is None:
+        raise _Unusable("the line is longer than 32 MiB, or the file ends too early")
     try:
-        record = orjson.loads(line)
+        record = row if isinstance(row, dict) else orjson.loads(row)
     except orjson.JSONDecodeError as error:
-        raise _Unusable(_json_fault(line, error)) from error
+        assert isinstance(row, bytes)
+        raise _Unusable(_json_fault(row, error)) from error
     if not isinstance(record, dict):
         raise _Unusable(f"not an object but {_kind(record)}")
     whole = [name for name, keys in FORMATS.items() if all(key in record for key in keys)]

@@ -32,7 +32,7 @@ def chunks(file: IO[bytes], path: str) -> Iterator[bytes]:
 def _gzip_chunks(file: IO[bytes]) -> Iterator[bytes]:
     try:
         with gzip.open(file, "rb") as content:
-            while chunk := content.read(CHUNK):
+            while chunk := content.read1(CHUNK):  # `read` would lose what stands before a cut
                 yield chunk
     except EOFError as error:
         raise BrokenStream("truncated") from error

@@ -45,9 +45,9 @@ class RemoteStream(io.RawIOBase):
         self._position = 0
         self._start = 0
         self._length = FIRST_READ
-        self._buffer = b""
+        self._buffer = bytearray()
         self._thread: ThreadPoolExecutor | None = None
-        self._next: tuple[Range, Future[bytes]] | None = None
+        self._next: tuple[Range, Future[bytearray]] | None = None
 
     def readable(self) -> bool:
         """Always."""
@@ -82,16 +82,16 @@ class RemoteStream(io.RawIOBase):
         if not self._start <= self._position < self._start + len(self._buffer):
             self._load(self._position, len(target))
         offset = self._position - self._start
-        data = self._buffer[offset : offset + len(target)]
-        target[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+        length = min(len(target), len(self._buffer) - offset)
+        target[:length] = memoryview(self._buffer)[offset : offset + length]
+        self._position += length
+        return length
 
     def close(self) -> None:
         """Forget what is in memory, and what is on its way when it comes."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
-        self._thread, self._next, self._buffer = None, None, b""
+        self._thread, self._next, self._buffer = None, None, bytearray()
         super().close()
 
     def _load(self, start: int, wanted: int = 0) -> None:
@@ -121,7 +121,7 @@ class RemoteStream(io.RawIOBase):
         piece = self._range(start)
         self._next = piece, self._thread.submit(self._get, piece)
 
-    def _get(self, piece: Range) -> bytes:
+    def _get(self, piece: Range) -> bytearray:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Passing),
             wait=lambda state: waiting_time(state, state.attempt_number, self._first_wait),
@@ -133,17 +133,19 @@ class RemoteStream(io.RawIOBase):
         except Passing as error:
             raise FetchError(f"{self._url} could not be read: {error}. Try again later.", error.status) from error
 
-    def _request(self, start: int, end: int) -> bytes:
+    def _request(self, start: int, end: int) -> bytearray:
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{end - 1}"}
         with network(), self._client.stream("GET", self._url, headers=headers) as response:
             if response.status_code == 416:
                 self._check(total_size(response), strong_etag(response))
-                return b""
+                return bytearray()
             check_status(response)
             if response.status_code == 200:
                 raise FetchError(f"{self._url}: the server cannot send parts of a file, so it cannot be streamed.")
             self._check(total_size(response), strong_etag(response))
-            content = response.read()
+            content = bytearray()
+            for chunk in response.iter_raw():
+                content += chunk
         if len(content) != min(end, self.size) - start:
             raise Passing(f"{len(content)} bytes came instead of {end - start}")
         return content

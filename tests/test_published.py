@@ -1,0 +1,485 @@
+"""Published files: streamed or fetched with the same result, up to a limit, in part, from every kind of address."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import random
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from config.command import run
+from config.errors import UserError
+from config.load import load_config
+from config.schema import Config
+from data.documents import BadRecord, Document, read_documents
+from data.download import Downloaded, download_source
+from data.download_datasets import download_datasets
+from data.examples.reading import ChatExample, read_examples
+from data.pipeline.run import preprocess
+from data.sources import Job
+from data.tokenization.build import build
+from data.transport.remote import LONGEST_READ, RemoteStream
+from tests.hub_server import Answer, HubServer, Repo
+
+NAMES = ["ArXiv", "Github", "Wikipedia (en)"]
+SETTINGS = [
+    "data.tokenizer.vocab_size=300",
+    "data.tokenizer.encoder=tokenizers",
+    "data.preprocess.workers=1",
+    "data.preprocess.tasks=3",
+]
+
+
+def records(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    source = random.Random(seed)
+    words = ["river", "stone", "über", "quern", "grain", "мука", "mill", "wheel"]
+    return [
+        {
+            "text": f"{seed}-{number} " + " ".join(source.choices(words, k=40)) + f" {source.random()}",
+            "meta": {"pile_set_name": NAMES[number % 3]},
+        }
+        for number in range(count)
+    ]
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=100)
+    return file.getvalue()
+
+
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def csv_file(rows: list[dict[str, Any]]) -> bytes:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ["text", "set"])
+    writer.writeheader()
+    writer.writerows({"text": row["text"] + '\n"x"', "set": row["meta"]["pile_set_name"]} for row in rows)
+    return file.getvalue().encode()
+
+
+FORMATS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
+    "parquet": parquet,
+    "jsonl": jsonl,
+    "jsonl.zst": lambda rows: zstandard.compress(jsonl(rows)),
+    "json.gz": lambda rows: gzip.compress(jsonl(rows)),
+    "csv": csv_file,
+    "txt.gz": lambda rows: gzip.compress("\n\n".join(row["text"] for row in rows).encode()),
+}
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A server of files, and a hub, in an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    with HubServer() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        yield hub
+
+
+def publish(server: HubServer, **files: bytes) -> list[str]:
+    """Addresses of files that the server now has; a double underscore stands for the dot in their names."""
+    for name, body in files.items():
+        server.static["/" + name.replace("__", ".")] = body
+    return [f"{server.endpoint}/{name.replace('__', '.')}" for name in files]
+
+
+def config_of(*overrides: str, **sources: dict[str, Any]) -> Config:
+    named = [f"data.sources.{name}={json.dumps(source)}" for name, source in sources.items()]
+    return load_config([], [*named, f"data.use=[{','.join(sources)}]", *SETTINGS, *overrides])
+
+
+def urls(addresses: list[str], **options: Any) -> dict[str, Any]:
+    return {"kind": "urls", "urls": addresses, **options}
+
+
+def download(config: Config, name: str = "web", max_bytes: int | None = None, **options: Any) -> Downloaded:
+    return download_source(name, config.data, job=Job(max_bytes=max_bytes), **options)
+
+
+def read(config: Config, name: str = "web", **options: Any) -> list[Document | BadRecord]:
+    return list(read_documents(Path(config.data.raw_dir) / name, config.data.sources[name], name, **options))
+
+
+def documents(config: Config, name: str = "web", **options: Any) -> list[Document]:
+    return [record for record in read(config, name, **options) if isinstance(record, Document)]
+
+
+def on_disk(config: Config, name: str = "web") -> set[str]:
+    folder = Path(config.data.raw_dir) / name
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+class TestStreaming:
+    def sources(self, server: HubServer, tmp_path: Path) -> dict[str, dict[str, Any]]:
+        """One source of each kind that can be streamed."""
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "a.csv").write_bytes(csv_file(records(60, 1)))
+        (tmp_path / "in" / "b.md").write_text("# Notes\n\n" + records(1, 2)[0]["text"])
+        server.repos["owner/set"] = Repo(
+            {"main": {f"data/train-{part}.parquet": parquet(records(250, 3 + part)) for part in range(2)}}
+        )
+        addresses = publish(
+            server, one__jsonl__zst=FORMATS["jsonl.zst"](records(120, 5)), two__json__gz=FORMATS["json.gz"](records(9))
+        )
+        return {
+            "hub": {"kind": "hub", "repository": "owner/set", "max_documents": 270},
+            "web": urls(addresses, keep_column="meta.pile_set_name", keep=["ArXiv", "Github"]),
+            "mine": {"kind": "files", "paths": [str(tmp_path / "in")]},
+        }
+
+    def tokens(self, config: Config) -> dict[str, bytes]:
+        build(config, lambda done, total: None).tokenizer.save(Path(config.data.tokenizer_dir))
+        manifest, _ = preprocess(config.data, force=False, show=lambda stage, done, total: None)
+        folder = Path(config.data.tokens_dir)
+        assert {name: funnel.bad for name, funnel in manifest.funnel.items()} == {
+            "hub": {},
+            "web": {"left-out": 43},
+            "mine": {},
+        }
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".index")}
+
+    def test_the_same_token_files_and_nothing_on_disk(self, server: HubServer, tmp_path: Path) -> None:
+        sources = self.sources(server, tmp_path)
+        fetched = config_of("data.corpus_dir=fetched", **sources)
+        for name in sources:
+            assert not download(fetched, name).manifest.streamed
+        expected = self.tokens(fetched)
+        streamed = config_of("data.corpus_dir=streamed", "data.streaming=true", **sources)
+        assert self.tokens(streamed) == expected and len(expected) == 4
+        for name in sources:
+            assert on_disk(streamed, name) == {"manifest.json"}
+            assert [document.id for document in documents(streamed, name)] == [
+                document.id for document in documents(fetched, name)
+            ]
+
+    @pytest.mark.parametrize("parts", [2, 5])
+    def test_parts_together_are_the_whole(self, server: HubServer, tmp_path: Path, parts: int) -> None:
+        config = config_of("data.streaming=true", **self.sources(server, tmp_path))
+        for name in config.data.use:
+            download(config, name)
+            shares = [documents(config, name, part=part, parts=parts) for part in range(parts)]
+            ids = [document.id for share in shares for document in share]
+            assert sorted(ids) == sorted(document.id for document in documents(config, name))
+
+    def test_one_source_may_say_otherwise(self, server: HubServer) -> None:
+        addresses = publish(server, a__jsonl=jsonl(records(5)))
+        config = config_of("data.streaming=true", web=urls(addresses, streaming=False))
+        assert not download(config).manifest.streamed and "a.jsonl" in on_disk(config)
+        config = config_of(web=urls(addresses, streaming=True))
+        assert download(config).manifest.streamed is False, "what was fetched before stays in use"
+        assert download(config, force=True).manifest.streamed and on_disk(config) == {"manifest.json"}
+
+    def test_a_list_alone_cannot_be_read_without_streaming(self, server: HubServer) -> None:
+        addresses = publish(server, a__jsonl=jsonl(records(5)))
+        download(config_of("data.streaming=true", web=urls(addresses)))
+        with pytest.raises(UserError, match="says only where source 'web' is.*download_datasets.py web to fetch it"):
+            preprocess(config_of(web=urls(addresses)).data, force=False, show=lambda stage, done, total: None)
+        assert download(config_of(web=urls(addresses))).fetched
+
+    def test_failures_that_pass(self, server: HubServer) -> None:
+        body = jsonl(records(2000))
+        config = config_of("data.streaming=true", web=urls(publish(server, a__jsonl=body)))
+        download(config)
+        server.misbehave["/a.jsonl"] = [
+            Answer(status=503, headers={"Retry-After": "0"}),
+            Answer(status=429, headers={"Retry-After": "0"}),
+        ]
+        assert [document.text for document in documents(config)] == [row["text"] for row in records(2000)]
+        assert not server.misbehave["/a.jsonl"]
+
+    def test_a_file_that_changed_since_it_was_listed(self, server: HubServer) -> None:
+        config = config_of("data.streaming=true", web=urls(publish(server, a__jsonl=jsonl(records(20)))))
+        download(config)
+        publish(server, a__jsonl=jsonl(records(20, 1)))
+        with pytest.raises(UserError, match="a.jsonl has changed. Type: python data/download_datasets.py --force"):
+            documents(config)
+        download(config, force=True)
+        assert documents(config)[0].text == records(20, 1)[0]["text"]
+
+    def test_a_server_that_cannot_send_parts(self, server: HubServer) -> None:
+        config = config_of("data.streaming=true", web=urls(publish(server, a__jsonl=jsonl(records(20)))))
+        server.misbehave["/a.jsonl"] = [Answer(ignore_range=True) for _ in range(9)]
+        with pytest.raises(UserError, match="cannot send parts of a file, so it cannot be streamed"):
+            download(config)
+
+    def test_memory_is_bounded_and_the_next_range_is_on_its_way(self, server: HubServer) -> None:
+        body = random.Random(0).randbytes(1 << 20) * 90
+        (address,) = publish(server, large__bin=body)
+        with httpx.Client() as client:
+            remote = io.BufferedReader(RemoteStream(client, address), 1 << 16)
+            tracemalloc.start()
+            try:
+                digest, seen = hashlib.sha1(), 0
+                while block := remote.read(1 << 16):
+                    digest.update(block)
+                    seen += len(block)
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+            assert digest.digest() == hashlib.sha1(body).digest()
+            assert peak < 4 * LONGEST_READ, "two ranges, and what the server itself holds"
+            remote.seek(0)
+            server.requests.clear()
+            for _ in range(11):
+                remote.read(1 << 16)
+            deadline = time.monotonic() + 20
+            while server.requests[-1].range_start < 11 << 16 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert server.requests[-1].range_start == 12 << 16, "after ranges of 256 and 512 KiB"
+            remote.close()
+
+
+class TestKeep:
+    @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.zst", "csv"])
+    def test_rows_of_some_components(self, server: HubServer, suffix: str) -> None:
+        rows = records(2500)
+        server.static[f"/a.{suffix}"] = FORMATS[suffix](rows)
+        column = "set" if suffix == "csv" else "meta.pile_set_name"
+        config = config_of(web=urls([f"{server.endpoint}/a.{suffix}"], keep_column=column, keep=NAMES[1:]))
+        download(config)
+        found = read(config)
+        texts = [record.text.split("\n")[0] for record in found if isinstance(record, Document)]
+        assert texts == [row["text"] for row in rows if row["meta"]["pile_set_name"] != "ArXiv"]
+        left_out = [record for record in found if isinstance(record, BadRecord)]
+        assert {record.reason for record in left_out} == {"left-out"}
+        assert sum(record.count for record in left_out) == 834
+        shares = [read(config, part=part, parts=4) for part in range(4)]
+        again = [record for share in shares for record in share if isinstance(record, BadRecord)]
+        assert sorted(record.location for record in again) == sorted(record.location for record in left_out)
+        everything = config_of(web=urls([f"{server.endpoint}/a.{suffix}"]))
+        assert not download(everything).fetched and len(documents(everything)) == 2500
+
+    def test_keep_without_a_column(self) -> None:
+        with pytest.raises(UserError, match="data.sources.web.keep: needs keep_column"):
+            config_of(web=urls([], keep=["ArXiv"]))
+
+
+class TestLimits:
+    @pytest.mark.parametrize("suffix", FORMATS)
+    def test_whole_files_and_the_beginning_of_the_next_one(self, server: HubServer, suffix: str) -> None:
+        count = 1500 if "." in suffix else 400  # what is packed is cut between blocks of 128 KiB of text
+        bodies = [FORMATS[suffix](records(count, seed)) for seed in range(3)]
+        for number, body in enumerate(bodies):
+            server.static[f"/{number}.{suffix}"] = body
+        source = urls([f"{server.endpoint}/{number}.{suffix}" for number in range(3)], max_document_bytes=400)
+        whole = config_of("data.corpus_dir=whole", web=source)
+        download(whole)
+        everything = [(document.id, document.text) for document in documents(whole)]
+        config = config_of(web=source)
+        counts = []
+        for share in (0.6, 1.5):
+            limit = int(share * len(bodies[0]))
+            manifest = download(config, max_bytes=limit).manifest
+            found = [(document.id, document.text) for document in documents(config)]
+            counts.append(len(found))
+            assert found == everything[: len(found)] and manifest.limit == limit and manifest.taken == limit
+            assert manifest.bytes <= 1.3 * limit if suffix == "parquet" else manifest.bytes <= limit
+            assert not download(config, max_bytes=limit).fetched
+            streamed = config_of("data.corpus_dir=streamed", "data.streaming=true", web=source)
+            assert download(streamed, max_bytes=limit).manifest.limit == limit
+            assert [(document.id, document.text) for document in documents(streamed)] == found
+            assert not [record for record in read(config) if isinstance(record, BadRecord)]
+        assert 0 < counts[0] < counts[1] < len(everything)
+        assert abs(counts[1] / len(everything) - 1.5 / 3) < 0.1
+        assert download(config, max_bytes=sum(map(len, bodies))).manifest.limit is None
+        assert [(document.id, document.text) for document in documents(config)] == everything
+
+    def test_a_larger_limit_goes_on_at_the_byte_and_a_smaller_one_needs_nothing(self, server: HubServer) -> None:
+        bodies = [jsonl(records(400, seed)) for seed in range(2)]
+        config = config_of(web=urls(publish(server, a__jsonl=bodies[0], b__jsonl=bodies[1])))
+        limit = len(bodies[0]) + 10_000
+        download(config, max_bytes=limit)
+        server.requests.clear()
+        download(config, max_bytes=limit + 5_000)
+        bulk = [request for request in server.requests if request.sent > 1]
+        assert [(request.path, request.range_start, request.sent) for request in bulk[1:]] == [
+            ("/b.jsonl", 10_000, 5_000)
+        ]
+        assert bulk[0].path == "/a.jsonl" and bulk[0].headers["range"].startswith("bytes=0-"), "the look at a row"
+        server.requests.clear()
+        assert download(config, max_bytes=limit).manifest.limit == limit
+        assert [request.path for request in server.requests if request.sent > 1] == ["/a.jsonl"]
+        server.requests.clear()
+        assert download(config).manifest.limit is None
+        assert [request.range_start for request in server.requests if request.path == "/b.jsonl"][-1] == 10_000
+        assert len(documents(config)) == 800
+
+    def test_a_part_of_a_file_that_changed_is_not_gone_on_with(self, server: HubServer) -> None:
+        config = config_of(web=urls(publish(server, a__jsonl=jsonl(records(400)))))
+        download(config, max_bytes=20_000)
+        publish(server, a__jsonl=jsonl(records(400, 1)))
+        download(config)
+        assert [document.text for document in documents(config)] == [row["text"] for row in records(400, 1)]
+
+    def test_a_limit_without_room_for_one_row(self, server: HubServer) -> None:
+        config = config_of(web=urls(publish(server, a__jsonl=jsonl(records(4)))))
+        with pytest.raises(UserError, match="not one row fits into the limit of 10 bytes"):
+            download(config, max_bytes=10)
+
+    def test_of_ones_own_files(self, server: HubServer, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(jsonl(records(100)))
+        (tmp_path / "b.jsonl").write_bytes(jsonl(records(100, 1)))
+        source = {"kind": "files", "paths": [str(tmp_path / "*.jsonl")], "max_bytes": "30KB", "max_documents": 90}
+        config = config_of(web=source)
+        assert download(config).manifest.limit == 30_000
+        expected = [row["text"] for row in records(100)]
+        found = [document.text for document in documents(config)]
+        assert found == expected[: len(found)] and 50 < len(found) <= 90
+        config = config_of(web={**source, "max_bytes": "1MB"})
+        assert download(config).manifest.documents == 90
+        assert [document.text for document in documents(config)] == expected[:90]
+
+    @pytest.mark.parametrize("size", ["5XB", "0", "-1", "many"])
+    def test_sizes_that_are_none(self, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            run(download_datasets, ["sample", f"--max-bytes={size}"])
+        assert "--max-bytes: " in capsys.readouterr().err
+
+    def test_shares_of_a_total(self, server: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+        small, large = jsonl(records(10)), jsonl(records(1000, 1))
+        one, two = publish(server, small__jsonl=small, large__jsonl=large)
+        words = [f"data.sources.{name}={json.dumps(urls([url]))}" for name, url in (("small", one), ("large", two))]
+        run_command = ["small", "large", *words, "--max-bytes"]
+        with pytest.raises(SystemExit) as stopped:
+            run(download_datasets, [*run_command, "0.1MB"])
+        assert stopped.value.code == 0
+        output = capsys.readouterr().out
+        assert "small: 10 documents" in output and "large: the limit of" in output
+        assert Path("corpus/raw/large/large.jsonl").stat().st_size == 100_000 - len(small)
+
+
+class TestAddresses:
+    def test_checksums_in_addresses(self, server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("data.fetch.DAMAGED_TRIES", 1)
+        body = jsonl(records(9))
+        (address,) = publish(server, a__jsonl=body)
+        for algorithm in ("sha1", "sha256", "md5"):
+            digest = hashlib.new(algorithm, body).hexdigest()
+            config = config_of(web=urls([f"{address}#{algorithm}={digest}"]))
+            assert download(config, force=True).manifest.files[0].checksum == (algorithm, digest)
+        with pytest.raises(UserError, match="its sha1 is not what the publisher states"):
+            download(config_of(web=urls([f"{address}#sha1={'0' * 40}"])))
+
+    def test_files_of_one_name(self, server: HubServer) -> None:
+        server.static["/x/a.jsonl"], server.static["/y/a.jsonl"] = jsonl(records(3)), jsonl(records(4, 1))
+        config = config_of(web=urls([f"{server.endpoint}/{folder}/a.jsonl?key=1" for folder in "xy"]))
+        assert [file.path for file in download(config).manifest.files] == ["00000/a.jsonl", "00001/a.jsonl"]
+        assert len({document.id for document in documents(config)}) == 7
+
+    @pytest.mark.parametrize(
+        ("address", "message"),
+        [
+            ("ftp://host/a.jsonl", "is no http.s. address. For other kinds of addresses take kind: files"),
+            ("http://127.0.0.1:9/page.html", "is of no format that can be read"),
+        ],
+    )
+    def test_addresses_that_lead_nowhere(self, server: HubServer, address: str, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            download(config_of(web=urls([address])))
+
+    def test_at_most_so_many_requests_to_a_host(self, server: HubServer) -> None:
+        addresses = publish(server, **{f"file{number}__jsonl": jsonl(records(50, number)) for number in range(6)})
+        for number in range(6):
+            # the look at each size, and for the first one the look at its first row, come before
+            looks = [Answer()] * (2 if number == 0 else 1)
+            server.misbehave[f"/file{number}.jsonl"] = [*looks, Answer(pause_after=100)]
+        config = config_of("data.connections_per_host=2", web=urls(addresses))
+
+        def resume_later() -> None:
+            assert server.paused.wait(60)
+            time.sleep(0.5)
+            self.at_once = sum(request.sent == 100 for request in server.requests)
+            server.resume.set()
+
+        thread = threading.Thread(target=resume_later)
+        thread.start()
+        download(config)
+        thread.join()
+        assert self.at_once == 2 and len(documents(config)) == 300
+
+    def test_any_file_system_that_fsspec_knows(self, server: HubServer) -> None:
+        memory = fsspec.filesystem("memory")
+        memory.pipe({"/bucket/a/one.jsonl": jsonl(records(30)), "/bucket/two.csv": csv_file(records(20, 1))})
+        memory.pipe({"/bucket/.hidden.csv": b"text\n", "/bucket/picture.png": b"PNG"})
+        try:
+            config = config_of(web={"kind": "files", "paths": ["memory://bucket"]})
+            download(config)
+            assert [document.metadata["file"] for document in documents(config)][::30] == ["a/one.jsonl", "two.csv"]
+            streamed = config_of(
+                "data.corpus_dir=streamed", "data.streaming=true", web={"kind": "files", "paths": ["memory://bucket"]}
+            )
+            download(streamed)
+            assert [(document.id, document.text) for document in documents(streamed)] == [
+                (document.id, document.text) for document in documents(config)
+            ]
+            with pytest.raises(UserError, match="matches no file that can be read"):
+                download(config_of(web={"kind": "files", "paths": ["memory://bucket/*.png"]}))
+        finally:
+            memory.rm("/bucket", recursive=True)
+
+    @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+    def test_the_package_that_is_missing_is_named(
+        self, server: HubServer, monkeypatch: pytest.MonkeyPatch, scheme: str, package: str
+    ) -> None:
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(UserError, match=f"{scheme}:// addresses need the package {package}. Type: pip install"):
+            download(config_of(web={"kind": "files", "paths": [f"{scheme}://bucket/*.jsonl"]}))
+
+    def test_a_kind_of_address_that_nobody_knows(self, server: HubServer) -> None:
+        with pytest.raises(UserError, match="gopher:// is no kind of address"):
+            download(config_of(web={"kind": "files", "paths": ["gopher://host/a.jsonl"]}))
+
+    def test_what_can_be_fetched(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            run(download_datasets, ["--list", "--available"])
+        output = capsys.readouterr().out
+        assert stopped.value.code == 0
+        for name, source in load_config().data.sources.items():
+            assert name in output
+            assert not hasattr(source, "repository") or source.repository in output
+            assert source.kind in ("files", "urls") or source.about.licence and source.about.size
+
+
+class TestExamples:
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_downloaded_set_of_conversations(
+        self, server: HubServer, streaming: bool, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        turns = [
+            [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": f"answer {number}"}]
+            for number in range(120)
+        ]
+        turns[7][1]["content"] = ""
+        rows = [{"messages": messages, "source": "x"} for messages in turns]
+        server.repos["owner/talk"] = Repo({"main": {"data/all/train-0.parquet": parquet(rows)}})
+        settings = {"kind": "hub", "repository": "owner/talk", "text_column": "messages", "max_documents": 110}
+        config = config_of(web={**settings, "streaming": streaming})
+        download(config)
+        folder = Path(config.data.raw_dir) / "web"
+        examples = read_examples(folder, 0.05)
+        assert len(examples) == 109
+        assert isinstance(examples[0], ChatExample) and list(examples[0].messages) == turns[0]
+        assert "1 of 110 rows" in capsys.readouterr().err
+        with pytest.raises(UserError, match="1 of 110 lines of corpus/raw/web cannot be used"):
+            read_examples(folder)
