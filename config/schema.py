@@ -11,6 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from config.deduplication import (
+    DecontaminationConfig,
+    LineDeduplicationConfig,
+    MixtureConfig,
+    NearDeduplicationConfig,
+)
 from config.quality import LanguageConfig, QualityConfig
 from config.section import Fraction, PositiveInt, Rate, Section
 from config.sources import PublishedSection, SourceConfig
@@ -226,6 +232,10 @@ class PreprocessConfig(Section):
     language: LanguageConfig
     quality: QualityConfig
     exact_deduplication: bool
+    near_deduplication: NearDeduplicationConfig
+    line_deduplication: LineDeduplicationConfig
+    decontamination: DecontaminationConfig
+    mixture: MixtureConfig
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
     max_bad_fraction: Fraction
     workers: PositiveInt | None
@@ -283,6 +293,7 @@ class DataConfig(Section):
         unknown = [name for name in self.use if name not in self.sources]
         if unknown:
             raise ValueError(f"use: there is no source {unknown[0]!r}; choose from {', '.join(self.sources)}")
+        self.preprocess.mixture.check(self.use)
         return self
 
     def streams(self, name: str) -> bool:

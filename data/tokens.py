@@ -48,11 +48,34 @@ class TokenFile(BaseModel):
         return str(Path(self.name).with_suffix(".index"))
 
 
+class TokenCount(BaseModel):
+    """A number of documents, their tokens with all end-of-text ids, and their size as UTF-8."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+class SourceTokens(BaseModel):
+    """What of one source stands in the token files, and how often its text for training was taken."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: float
+    available: TokenCount
+    """What there is for training; `train` is what the mixture made of that."""
+    train: TokenCount
+    val: TokenCount
+
+
 class TokensManifest(BaseModel):
     """`manifest.json`. `bytes` of a file are those of the text that its tokens stand for, as UTF-8.
 
     `fingerprint` identifies inputs, settings and tokenizer: the same one means the same bytes in every file.
     `validation` is how the split was made: whole documents by hash, or, of a corpus of few documents, the tail of each.
+    `contaminated` counts the documents that share text with each evaluation set, whether they were dropped or cut.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,6 +91,8 @@ class TokensManifest(BaseModel):
     validation: Literal["documents", "tails"]
     config: dict[str, Any]
     funnel: dict[str, Funnel]
+    sources: dict[str, SourceTokens] = {}
+    contaminated: dict[str, int] = {}
 
     def tokens(self, split: Split) -> int:
         """Number of tokens of `split`, end-of-text ids included."""

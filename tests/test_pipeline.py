@@ -23,7 +23,7 @@ from data.pipeline.executor import Workers, run_stage
 from data.pipeline.keys import add_keys, drop_duplicates, in_order, key_range
 from data.pipeline.rules import apply_rules, length_rules
 from data.pipeline.runs import RUN_SCHEMA, read_range, run_writer
-from data.pipeline.shards import assemble, encode_documents, plan_files, write_shard
+from data.pipeline.shards import Passes, assemble, encode_documents, plan_files, write_shard
 from data.pipeline.split import choose_split, cut_position, divide, enough_documents, lowest
 from data.tokenization import Tokenizer
 from tests.recorder import Recorder
@@ -217,12 +217,18 @@ class TestShards:
                 texts = [f"{number} {'word ' * row}" for row in range(size)]
                 shards.append(folder / str(number))
                 write_shard(
-                    shards[-1], "train", frame(*texts), tokenizer, np.dtype("uint16"), batch, lambda documents: None
+                    shards[-1],
+                    "train",
+                    add_keys(frame(*texts), 0),
+                    tokenizer,
+                    np.dtype("uint16"),
+                    batch,
+                    lambda documents: None,
                 )
                 for text in texts:
                     expected += [*tokenizer.encode(text), tokenizer.end_of_text_id]
                     expected_ends.append(len(expected))
-            plans = plan_files(shards, "train", limit)
+            plans = plan_files(shards, "train", Passes.once(1), limit)
             files = [assemble(plan, folder / "out", 2, lambda documents: None) for plan in plans]
             tokens = b"".join((folder / "out" / file.name).read_bytes() for file in files)
             ends, offset = [], 0

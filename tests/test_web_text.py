@@ -264,6 +264,7 @@ def web_data(folder: Path, *settings: str) -> DataConfig:
         "data.use=[web]",
         "data.preprocess.workers=1",
         "data.preprocess.tasks=2",
+        "data.preprocess.near_deduplication.enabled=false",  # the documents are made of the same sentences
     )
     return load_config([Path("web-data")], [*common, *settings]).data
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from config.deduplication import DecontaminationConfig
 from config.errors import UserError
 from config.schema import DataConfig
 from data.download import raw_manifest
@@ -17,7 +18,7 @@ from data.tokens import MANIFEST, TokenFiles, TokensManifest
 if TYPE_CHECKING:
     from data.tokenization.protocol import Tokenizer
 
-VERSION = 1  # raised whenever the same inputs and settings would give other bytes than before
+VERSION = 2  # raised whenever the same inputs and settings would give other bytes than before
 NO_TRACE = {"workers", "tasks", "batch_documents", "max_bad_fraction"}  # settings that leave none in the output
 
 
@@ -46,10 +47,12 @@ def fingerprint(data: DataConfig, raw: Sequence[RawManifest], tokenizer: Tokeniz
         for name, manifest in zip(data.use, raw)
     ]
     bad_words = data.preprocess.quality.c4.bad_words_file
+    decontamination = data.preprocess.decontamination
     identity = {
         "version": VERSION,
         "settings": recorded_settings(data),
         "inputs": inputs,
+        "evaluation": _evaluation(decontamination) if decontamination.sets else None,
         "bad_words": _checksum(Path(bad_words)) if bad_words else None,
         "tokenizer": [tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_text_id],
     }
@@ -81,6 +84,12 @@ def present(tokens_dir: Path, expected: str) -> TokensManifest | None:
     except UserError:
         return None
     return manifest if manifest.fingerprint == expected else None
+
+
+def _evaluation(config: DecontaminationConfig) -> dict[str, list[str]]:
+    from data.decontamination.evaluation_sets import checksums
+
+    return checksums(config)
 
 
 def _checksum(path: Path) -> str | None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.funnel import Funnel, total
 from data.tokens import Split, TokensManifest
 
+Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
+"""The headings of a table and its rows."""
 SPLITS: tuple[Split, Split] = ("train", "val")
 SPLIT_HEADINGS = ("split", "documents", "tokens", "bytes per token")
+SOURCE_HEADINGS = ("source in train", "documents", "tokens", "share of tokens", "epochs")
+CONTAMINATION_HEADINGS = ("evaluation set", "documents that share text with it")
 FUNNEL_HEADINGS = ("step", "documents", "bytes", "share of documents")
 
 
@@ -39,6 +44,36 @@ def split_rows(manifest: TokensManifest) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def source_rows(manifest: TokensManifest) -> list[tuple[str, ...]]:
+    """One row per source: its name, and of the text for training documents, tokens, share of all tokens and epochs."""
+    whole = max(1, manifest.tokens("train"))
+    return [
+        (
+            name,
+            f"{source.train.documents:,}",
+            f"{source.train.tokens:,}",
+            f"{source.train.tokens / whole:.2%}",
+            f"{source.epochs:g}",
+        )
+        for name, source in manifest.sources.items()
+    ]
+
+
+def contamination_rows(manifest: TokensManifest) -> list[tuple[str, ...]]:
+    """One row per evaluation set: its name, and the documents that share text with it."""
+    return [(name, f"{documents:,}") for name, documents in manifest.contaminated.items()]
+
+
+def _tables(manifest: TokensManifest, *before: Rows) -> list[Rows]:
+    """What there is to say of the whole, each table with its headings."""
+    tables: list[Rows] = [*before, (SPLIT_HEADINGS, [*split_rows(manifest)])]
+    if len(manifest.sources) > 1:
+        tables.append((SOURCE_HEADINGS, source_rows(manifest)))
+    if manifest.contaminated:
+        tables.append((CONTAMINATION_HEADINGS, contamination_rows(manifest)))
+    return tables
+
+
 def print_manifest(manifest: TokensManifest, tokens_dir: Path, changed: bool) -> None:
     """Print the funnel of the corpus and the splits, and where they lie."""
     from rich.console import Console
@@ -48,7 +83,7 @@ def print_manifest(manifest: TokensManifest, tokens_dir: Path, changed: bool) ->
     if not console.is_terminal:
         console = Console(width=120)
     whole = total(manifest.funnel.values())
-    for headings, rows in ((FUNNEL_HEADINGS, funnel_rows(whole)), (SPLIT_HEADINGS, split_rows(manifest))):
+    for headings, rows in _tables(manifest, (FUNNEL_HEADINGS, [*funnel_rows(whole)])):
         table = Table(headings[0])
         for heading in headings[1:]:
             table.add_column(heading, justify="right")
@@ -65,7 +100,7 @@ def print_manifest(manifest: TokensManifest, tokens_dir: Path, changed: bool) ->
 
 def markdown(manifest: TokensManifest) -> str:
     """`report.md`: the funnel of the corpus and of each source, and the splits. It depends on the manifest alone."""
-    parts = ["# Token files\n", _table(SPLIT_HEADINGS, split_rows(manifest))]
+    parts = ["# Token files\n", *[_table(*table) for table in _tables(manifest)]]
     parts.append(SPLIT_NOTES[manifest.validation] + "\n")
     if len(manifest.funnel) > 1:
         parts += ["## All sources\n", _table(FUNNEL_HEADINGS, funnel_rows(total(manifest.funnel.values())))]
@@ -80,6 +115,6 @@ SPLIT_NOTES = {
 }
 
 
-def _table(headings: tuple[str, ...], rows: list[tuple[str, str, str, str]]) -> str:
+def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [headings, ("---", *["---:"] * (len(headings) - 1)), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,4 +1,4 @@
-"""From the downloaded sources to `corpus/tokens/`: the three stages one after the other, and the manifest last.
+"""From the downloaded sources to `corpus/tokens/`: one stage after the other, and the manifest last.
 
 Unfinished work lies in `corpus/.tokens.partial/<key>/`, where the key stands for everything the work depends on: the
 same command continues there after an interruption, and work for other settings is thrown away. `corpus/tokens/` keeps
@@ -17,21 +17,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from config.errors import UserError
 from config.files import disk_errors, exclusive, recover_directory, replace_directory, write_text
 from config.schema import DataConfig
+from data.deduplication.near import near_ranges
+from data.deduplication.selection import Selection
+from data.deduplication.steps import find_near_duplicates, find_repeated_lines
 from data.funnel import Funnel, total
 from data.pipeline.bad_records import first_harmful, merge_quarantine
 from data.pipeline.executor import Executor, Stage, executor_for, run_stage
+from data.pipeline.mixture import plan_passes, source_tokens
 from data.pipeline.preparation import fingerprint, present, raw_manifests, recorded_settings
+from data.pipeline.progress import stage_shares
 from data.pipeline.report import SPLITS, markdown
-from data.pipeline.shards import FilePlan, plan_files
-from data.pipeline.split import Split, choose_split
-from data.pipeline.stages import CleanReport, CleanStage, ShardReport, TokenizeStage, WriteStage
+from data.pipeline.shards import FilePlan, Passes, plan_files
+from data.pipeline.split import HeldOut, choose_split
+from data.pipeline.stages import (
+    CleanReport,
+    CleanStage,
+    ShardReport,
+    SurvivorReport,
+    SurvivorStage,
+    TokenizeStage,
+    WriteStage,
+)
 from data.quarantine import check_bad_fraction
 from data.tokenization import load_tokenizer
-from data.tokens import MANIFEST, TokenFile, TokensManifest, token_dtype
+from data.tokens import MANIFEST, Split, TokenFile, TokensManifest, token_dtype
 
 if TYPE_CHECKING:
     from data.tokenization.protocol import Tokenizer
@@ -39,8 +53,9 @@ if TYPE_CHECKING:
 RANGE_BYTES = 64 << 20  # of text that a task of the second stage holds in memory
 QUARANTINE = "quarantine.jsonl"
 REPORT = "report.md"
+HITS = "contamination.jsonl"
 OUTPUT = "output"
-SHARES = {"clean": 0.3, "tokenize": 0.6, "write": 0.1}  # of the running time, for the progress bar
+EVALUATION = "evaluation.npz"
 
 Show = Callable[[str, int, int], None]
 
@@ -93,10 +108,18 @@ class _Work:
     show: Show
 
     def run(self, identity: str) -> TokensManifest:
-        """Do what is left to do of the three stages; leaves the complete token folder as `output`."""
-        funnels, split = self._clean()
-        shards = self._tokenize(funnels, split)
-        files = self._write(shards, total(funnels).kept.documents)
+        """Do what is left to do of the stages; leaves the complete token folder as `output`."""
+        funnels, hashes = self._clean()
+        ranges = self._ranges(funnels)
+        selection, hashes = self._deduplicate(funnels, hashes, ranges)
+        held_out = choose_split(hashes, self.data.preprocess.validation_fraction)
+        shards = self._tokenize(funnels, held_out, selection, ranges)
+        mixed = plan_passes(self.data.preprocess.mixture, self.data.use, shards)
+        passes: dict[Split, Passes] = {"train": mixed, "val": Passes.once(len(funnels))}
+        sources = dict(zip(self.data.use, source_tokens(shards, mixed)))
+        for funnel, source in zip(funnels, sources.values()):
+            assert funnel.kept.bytes == source.available.bytes + source.val.bytes, (funnel, source)
+        files = self._write(shards, passes)
         manifest = TokensManifest(
             fingerprint=identity,
             dtype=self.dtype,
@@ -105,34 +128,68 @@ class _Work:
             vocab_size=self.tokenizer.vocab_size,
             end_of_text_id=self.tokenizer.end_of_text_id,
             seed=self.data.seed,
-            validation="tails" if split.threshold is None else "documents",
+            validation="tails" if held_out.threshold is None else "documents",
             config=recorded_settings(self.data),
             funnel=dict(zip(self.data.use, funnels)),
+            sources=sources,
+            contaminated=self._merge_hits(),
         )
-        assert sum(manifest.bytes(split) for split in SPLITS) == total(funnels).kept.bytes
+        for split in SPLITS:
+            assert manifest.tokens(split) == sum(getattr(source, split).tokens for source in sources.values())
         self._publish(manifest)
         return manifest
 
-    def _clean(self) -> tuple[list[Funnel], Split]:
-        """The first stage: the funnel of every source, duplicates between tasks still in it, and the split."""
+    def _clean(self) -> tuple[list[Funnel], NDArray[np.uint64]]:
+        """The first stage: the funnel of every source, duplicates between tasks still in it; lowest split hashes."""
         settings, folder = self.data.preprocess, self.folder / "clean"
-        self._stage(CleanStage(self.data, folder), settings.tasks, self.documents)
+        evaluation = self.folder / EVALUATION if settings.decontamination.sets else None
+        if evaluation is not None and not evaluation.exists():
+            from data.decontamination.evaluation_sets import build_grams
+
+            build_grams(settings.decontamination).save(evaluation)
+        self._stage(CleanStage(self.data, folder, evaluation), settings.tasks, self.documents)
         reports = [CleanReport.model_validate_json(text) for text in _reports(folder, settings.tasks)]
         funnels = [total(each) for each in zip(*[report.funnels for report in reports])]
         parts = [folder / f"{part:05d}.jsonl" for part in range(settings.tasks)]
         merge_quarantine(parts, self.folder / QUARANTINE)
         self._check_readable(funnels)
         _check_something_left(funnels)
-        hashes = np.array([value for report in reports for value in report.lowest], np.uint64)
-        return funnels, choose_split(hashes, settings.validation_fraction)
+        return funnels, np.array([value for report in reports for value in report.lowest], np.uint64)
 
-    def _tokenize(self, funnels: list[Funnel], split: Split) -> list[Path]:
-        """The second stage: its shards in order; completes the funnels."""
-        tasks, folder = self.data.preprocess.tasks, self.folder / "shards"
-        documents, size = _remaining(funnels)
-        parts = max(tasks, math.ceil(size / RANGE_BYTES))
-        runs = [self.folder / "clean" / f"{part:05d}.arrow" for part in range(tasks)]
-        self._stage(TokenizeStage(self.data, self.tokenizer, split, runs, folder), parts, documents)
+    def _ranges(self, funnels: list[Funnel]) -> int:
+        """Into how many key ranges the corpus is cut, so that a task can hold one in memory."""
+        settings, (documents, size) = self.data.preprocess, _remaining(funnels)
+        near = settings.near_deduplication
+        needed = near_ranges(documents, near) if near.enabled else 1
+        return max(settings.tasks, math.ceil(size / RANGE_BYTES), needed)
+
+    def _deduplicate(
+        self, funnels: list[Funnel], hashes: NDArray[np.uint64], ranges: int
+    ) -> tuple[Selection, NDArray[np.uint64]]:
+        """The stages between: what is left of the corpus, and the lowest split hashes of that."""
+        settings, (documents, size) = self.data.preprocess, _remaining(funnels)
+        runs = tuple(self.folder / "clean" / f"{part:05d}.arrow" for part in range(settings.tasks))
+        selection = Selection(runs, settings)
+
+        def run(stage: Stage, tasks: int) -> None:
+            self._stage(stage, tasks, documents)
+
+        if settings.near_deduplication.enabled:
+            selection = find_near_duplicates(selection, ranges, documents, self.folder / "near", run)
+        if settings.line_deduplication.unit != "off":
+            selection = find_repeated_lines(selection, ranges, size, self.folder / "lines", run)
+        if selection.near is None and selection.lines is None:
+            return selection, hashes
+        folder = self.folder / "survivors"
+        run(SurvivorStage(selection, settings.validation_fraction, folder), ranges)
+        reports = [SurvivorReport.model_validate_json(text) for text in _reports(folder, ranges)]
+        return selection, np.array([value for report in reports for value in report.lowest], np.uint64)
+
+    def _tokenize(self, funnels: list[Funnel], split: HeldOut, selection: Selection, parts: int) -> list[Path]:
+        """The shards in order; completes the funnels."""
+        folder = self.folder / "shards"
+        documents, _ = _remaining(funnels)
+        self._stage(TokenizeStage(self.data, self.tokenizer, split, selection, folder), parts, documents)
         for text in _reports(folder, parts):
             for funnel, more in zip(funnels, ShardReport.model_validate_json(text).funnels):
                 funnel.add(more)
@@ -140,10 +197,22 @@ class _Work:
             funnel.check()
         return [folder / f"{part:05d}" for part in range(parts)]
 
-    def _write(self, shards: list[Path], documents: int) -> list[tuple[FilePlan, TokenFile]]:
-        """The third stage: the token files, as planned and as they came out."""
+    def _merge_hits(self) -> dict[str, int]:
+        """List what was found of evaluation sets; the number of documents for each."""
+        if not self.data.preprocess.decontamination.sets:
+            return {}
+        from data.decontamination.hits import merge_hits
+
+        tasks = self.data.preprocess.tasks
+        parts = [self.folder / "clean" / f"{part:05d}.hits" for part in range(tasks)]
+        found = merge_hits(parts, self.data.use, self.folder / HITS)
+        return {name: found.get(name, 0) for name in self.data.preprocess.decontamination.sets}
+
+    def _write(self, shards: list[Path], passes: dict[Split, Passes]) -> list[tuple[FilePlan, TokenFile]]:
+        """The token files, as planned and as they came out."""
         limit, folder = self.data.preprocess.max_file_tokens, self.folder / "files"
-        plans = [plan for split in SPLITS for plan in plan_files(shards, split, limit)]
+        plans = [plan for split in SPLITS for plan in plan_files(shards, split, passes[split], limit)]
+        documents = sum(piece.last - piece.first for plan in plans for piece in plan.pieces)
         self._stage(WriteStage(plans, self.dtype, self.folder / OUTPUT, folder), len(plans), documents)
         return list(zip(plans, [TokenFile.model_validate_json(text) for text in _reports(folder, len(plans))]))
 
@@ -154,21 +223,23 @@ class _Work:
         for path in output.iterdir():
             if path.name not in wanted:
                 path.unlink()
-        if (self.folder / QUARANTINE).exists():
-            shutil.copyfile(self.folder / QUARANTINE, output / QUARANTINE)
+        for name in (QUARANTINE, HITS):
+            if (self.folder / name).exists():
+                shutil.copyfile(self.folder / name, output / name)
         write_text(output / REPORT, markdown(manifest))
         write_text(output / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
 
     def _stage(self, stage: Stage, tasks: int, documents: int) -> None:
         """Run one stage and show how far the whole is while it goes."""
         name = str(stage.name)
-        begun = sum(share for other, share in list(SHARES.items())[: list(SHARES).index(name)])
+        shares = stage_shares(self.data.preprocess)
+        begun = sum(share for other, share in list(shares.items())[: list(shares).index(name)])
         done = 0
 
         def on_progress(more: int) -> None:
             nonlocal done
             done += more
-            fraction = begun + SHARES[name] * min(1.0, done / max(1, documents))
+            fraction = (begun + shares[name] * min(1.0, done / max(1, documents))) / sum(shares.values())
             self.show(name, round(fraction * self.documents), self.documents)
 
         on_progress(0)

@@ -1,7 +1,7 @@
 """Shards: the tokens of one key range, and their assembly into token files.
 
-A shard holds for each split the flat tokens (`train.bin`) and, for every document, where its tokens and its UTF-8 bytes
-end (`train.npy`, uint64 of shape (documents, 2)). Shards in the order of their ranges are the corpus in its order.
+A shard holds for each split the flat tokens (`train.bin`) and what is to be known of every document (`train.npy`, a
+`TABLE`). Shards in the order of their ranges are the corpus in its order.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -21,6 +21,7 @@ from data.tokenization.protocol import Tokenizer
 from data.tokens import INDEX_DTYPE, Split, TokenFile
 
 COPY_BYTES = 4 << 20
+TABLE = np.dtype([("tokens", "<u8"), ("bytes", "<u8"), ("source", "<u2"), ("split", "<u8")])
 
 
 def encode_documents(
@@ -46,20 +47,56 @@ def write_shard(
     batch_documents: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Tokenize the column `text` batch by batch into the shard in `folder`; `advance` gets the documents done."""
-    ends = np.zeros((len(frame), 2), np.uint64)
-    ends[:, 1] = frame["text"].str.len_bytes().cast(pl.UInt64).cum_sum().to_numpy()
-    done = tokens_so_far = 0
+    """Tokenize the column `text` batch by batch into the shard in `folder`; `advance` gets the documents done.
+
+    The frame has the columns `source` and `split`, too, as keyed documents do.
+    """
+    table = np.zeros(len(frame), TABLE)
+    table["bytes"] = frame["text"].str.len_bytes().to_numpy()
+    table["source"], table["split"] = frame["source"].to_numpy(), frame["split"].to_numpy()
+    done = 0
     with atomic_write(folder / f"{split}.bin") as file:
-        for first, last in _slices(ends[:, 1], batch_documents):
-            tokens, batch_ends = encode_documents(frame["text"][first:last].to_list(), tokenizer, dtype)
+        for first, last in _slices(np.cumsum(table["bytes"], dtype=np.uint64), batch_documents):
+            tokens, ends = encode_documents(frame["text"][first:last].to_list(), tokenizer, dtype)
             file.write(tokens.astype(dtype.newbyteorder("<"), copy=False).data)
-            ends[first:last, 0] = batch_ends + tokens_so_far
-            tokens_so_far += len(tokens)
+            table["tokens"][first:last] = np.diff(ends, prepend=0)
             advance(last - done)
             done = last
     with atomic_write(folder / f"{split}.npy") as file:
-        np.save(file, ends)
+        np.save(file, table)
+
+
+def read_table(shard: Path, split: Split) -> NDArray[Any]:
+    """What a shard says of the documents of a split, `TABLE`, shape (documents,)."""
+    table: NDArray[Any] = np.load(shard / f"{split}.npy")
+    return table
+
+
+class Passes(NamedTuple):
+    """How often the documents of each source are taken.
+
+    All of them `whole` times; once more those whose split hash is below the limit.
+    """
+
+    whole: tuple[int, ...]
+    limits: tuple[int, ...]
+
+    @classmethod
+    def once(cls, sources: int) -> Passes:
+        """Everything once."""
+        return cls((1,) * sources, (0,) * sources)
+
+    @property
+    def number(self) -> int:
+        """The number of passes through the corpus."""
+        return max(times + (limit > 0) for times, limit in zip(*self))
+
+
+def chosen(table: NDArray[Any], passes: Passes, number: int) -> NDArray[np.int64]:
+    """The documents of a shard that pass `number` takes, ascending."""
+    whole = np.array(passes.whole)[table["source"]]
+    limits = np.array(passes.limits, np.uint64)[table["source"]]
+    return np.flatnonzero((whole > number) | ((whole == number) & (table["split"] < limits)))
 
 
 def _slices(byte_ends: NDArray[np.uint64], batch_documents: int) -> Iterator[tuple[int, int]]:
@@ -74,9 +111,10 @@ def _slices(byte_ends: NDArray[np.uint64], batch_documents: int) -> Iterator[tup
 
 
 class Piece(NamedTuple):
-    """Documents `first` ... `last` of one shard."""
+    """Of the documents of one shard that one pass takes, numbers `first` ... `last`."""
 
     shard: Path
+    number: int
     first: int
     last: int
 
@@ -86,75 +124,75 @@ class FilePlan(NamedTuple):
 
     split: Split
     name: str
+    passes: Passes
     pieces: tuple[Piece, ...]
 
 
-def plan_files(shards: Sequence[Path], split: Split, max_file_tokens: int) -> list[FilePlan]:
+def plan_files(shards: Sequence[Path], split: Split, passes: Passes, max_file_tokens: int) -> list[FilePlan]:
     """Lay the shards of a split out in files of at most `max_file_tokens` (but for a single longer document).
 
     A split that fits one file has the plain name `train.bin`, others are numbered.
     """
     files: list[list[Piece]] = [[]]
     used = 0
-    for shard in shards:
-        ends = np.load(shard / f"{split}.npy")[:, 0].astype(np.int64)
-        first = 0
-        while first < len(ends):
-            before = int(ends[first - 1]) if first else 0
-            last = int(np.searchsorted(ends, before + max_file_tokens - used, side="right"))
-            if last == first and not files[-1]:
-                last = first + 1
-            if last > first:
-                files[-1].append(Piece(shard, first, last))
-                used += int(ends[last - 1]) - before
-                first = last
-            if first < len(ends):
-                files.append([])
-                used = 0
+    for number in range(passes.number):
+        for shard in shards:
+            table = read_table(shard, split)
+            ends = np.cumsum(table["tokens"][chosen(table, passes, number)], dtype=np.int64)
+            first = 0
+            while first < len(ends):
+                before = int(ends[first - 1]) if first else 0
+                last = int(np.searchsorted(ends, before + max_file_tokens - used, side="right"))
+                if last == first and not files[-1]:
+                    last = first + 1
+                if last > first:
+                    files[-1].append(Piece(shard, number, first, last))
+                    used += int(ends[last - 1]) - before
+                    first = last
+                if first < len(ends):
+                    files.append([])
+                    used = 0
     names = [f"{split}.bin"] if len(files) == 1 else [f"{split}_{number:04d}.bin" for number in range(len(files))]
-    return [FilePlan(split, name, tuple(pieces)) for name, pieces in zip(names, files)]
+    return [FilePlan(split, name, passes, tuple(pieces)) for name, pieces in zip(names, files)]
 
 
 def assemble(plan: FilePlan, folder: Path, itemsize: int, advance: Callable[[int], None]) -> TokenFile:
     """Write one `.bin` and its `.index` into `folder`, hashing as it goes."""
     digest = hashlib.sha256()
-    ends_in_file = []
-    tokens = size = 0
+    lengths = [np.empty(0, np.int64)]
+    size = 0
     with atomic_write(folder / plan.name) as output:
         for piece in plan.pieces:
-            ends = np.load(piece.shard / f"{plan.split}.npy").astype(np.int64)
-            before = ends[piece.first - 1] if piece.first else np.zeros(2, np.int64)
-            ends = ends[piece.first : piece.last] - before
-            _copy(
-                piece.shard / f"{plan.split}.bin",
-                int(before[0]) * itemsize,
-                int(ends[-1, 0]) * itemsize,
-                output.write,
-                digest.update,
-            )
-            ends_in_file.append(ends[:, 0] + tokens)
-            tokens += int(ends[-1, 0])
-            size += int(ends[-1, 1])
-            advance(piece.last - piece.first)
-    index = np.concatenate([np.empty(0, np.int64), *ends_in_file]).astype(INDEX_DTYPE).tobytes()
+            table = read_table(piece.shard, plan.split)
+            documents = chosen(table, plan.passes, piece.number)[piece.first : piece.last]
+            ends = np.cumsum(table["tokens"], dtype=np.int64)
+            with open(piece.shard / f"{plan.split}.bin", "rb") as tokens:
+                for run in np.split(documents, np.flatnonzero(np.diff(documents) > 1) + 1):
+                    start = int(ends[run[0]]) - int(table["tokens"][run[0]])
+                    count = int(ends[run[-1]]) - start
+                    _copy(tokens, start * itemsize, count * itemsize, output.write, digest.update)
+            lengths.append(table["tokens"][documents].astype(np.int64))
+            size += int(table["bytes"][documents].sum())
+            advance(len(documents))
+    ends_in_file = np.cumsum(np.concatenate(lengths), dtype=np.int64)
+    index = ends_in_file.astype(INDEX_DTYPE).tobytes()
     with atomic_write((folder / plan.name).with_suffix(".index")) as output:
         output.write(index)
     return TokenFile(
         name=plan.name,
-        tokens=tokens,
-        documents=len(index) // INDEX_DTYPE.itemsize,
+        tokens=int(ends_in_file[-1]) if len(ends_in_file) else 0,
+        documents=len(ends_in_file),
         bytes=size,
         sha256=digest.hexdigest(),
         index_sha256=hashlib.sha256(index).hexdigest(),
     )
 
 
-def _copy(path: Path, start: int, count: int, *sinks: Callable[[bytes], Any]) -> None:
-    with open(path, "rb") as file:
-        file.seek(start)
-        while count:
-            block = file.read(min(count, COPY_BYTES))
-            assert block, f"{path} ends early"
-            for sink in sinks:
-                sink(block)
-            count -= len(block)
+def _copy(file: IO[bytes], start: int, count: int, *sinks: Callable[[bytes], Any]) -> None:
+    file.seek(start)
+    while count:
+        block = file.read(min(count, COPY_BYTES))
+        assert block, f"{file.name} ends early"
+        for sink in sinks:
+            sink(block)
+        count -= len(block)

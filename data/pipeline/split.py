@@ -20,7 +20,7 @@ from data.pipeline.keys import UINT64
 MOST_TAILS = 1000
 
 
-class Split(NamedTuple):
+class HeldOut(NamedTuple):
     """How to divide: documents whose `split` hash is at most `threshold`, or with None the tail of each document."""
 
     threshold: int | None
@@ -37,15 +37,15 @@ def lowest(hashes: NDArray[np.uint64], fraction: float) -> NDArray[np.uint64]:
     return np.unique(hashes)[: enough_documents(fraction)]
 
 
-def choose_split(hashes: NDArray[np.uint64], fraction: float) -> Split:
+def choose_split(hashes: NDArray[np.uint64], fraction: float) -> HeldOut:
     """The split for a corpus of which `hashes` are the lowest split hashes."""
     different = lowest(hashes, fraction)
     if len(different) < enough_documents(fraction):
-        return Split(None, fraction)
-    return Split(max(int(different[0]), min(int(fraction * 2**64), UINT64)), fraction)
+        return HeldOut(None, fraction)
+    return HeldOut(max(int(different[0]), min(int(fraction * 2**64), UINT64)), fraction)
 
 
-def divide(frame: pl.DataFrame, split: Split) -> tuple[pl.DataFrame, pl.DataFrame]:
+def divide(frame: pl.DataFrame, split: HeldOut) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The training and the validation part of a frame with the columns `text` and `split`, both in its order."""
     if split.threshold is not None:
         held_out = pl.col("split") <= pl.lit(split.threshold, pl.UInt64)

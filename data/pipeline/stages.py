@@ -1,8 +1,9 @@
-"""The three stages, as pipeline steps: clean, tokenize, write.
+"""The stages that every corpus goes through, as pipeline steps: clean, tokenize, write.
 
 1. `CleanStage`, a share of the raw documents per task: mend, judge by the rules, hash, write as sorted runs.
-2. `TokenizeStage`, a range of hashes per task: merge the runs, drop duplicates, divide, tokenize, write a shard.
-3. `WriteStage`, a token file per task: put it together from the shards.
+2. What looks for repetition beyond equal documents (`data.deduplication`), then `SurvivorStage`.
+3. `TokenizeStage`, a range of hashes per task: merge the runs, drop duplicates, divide, tokenize, write a shard.
+4. `WriteStage`, a token file per task: put it together from the shards.
 
 What stands in the files after a stage is a function of the documents and the settings; which task did it, in which
 order and how often, leaves no trace.
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -21,22 +23,26 @@ from pydantic import BaseModel
 from config.errors import UserError
 from config.files import write_text
 from config.schema import DataConfig
+from data.deduplication.selection import Selection, count_trimmed
 from data.documents import BadRecord
 from data.funnel import Count, Funnel
 from data.pipeline.bad_records import write_quarantine
 from data.pipeline.batches import count_by, count_dropped, read_batches, text_bytes
 from data.pipeline.clean import clean
 from data.pipeline.executor import Stage, advance
-from data.pipeline.keys import add_keys, drop_duplicates, key_range
+from data.pipeline.keys import add_keys
 from data.pipeline.language import RULE as LANGUAGE
 from data.pipeline.language import check_languages, in_other_language
 from data.pipeline.rules import apply_rules, length_rules
-from data.pipeline.runs import read_range, run_writer
+from data.pipeline.runs import run_writer
 from data.pipeline.shards import FilePlan, assemble, write_shard
-from data.pipeline.split import Split, divide, lowest
+from data.pipeline.split import HeldOut, divide, lowest
 from data.tokenization import load_tokenizer
 from data.tokenization.protocol import Tokenizer
 from data.tokens import TokenFile, token_dtype
+
+if TYPE_CHECKING:
+    from data.decontamination.documents import Hit
 
 
 class CleanReport(BaseModel):
@@ -51,10 +57,12 @@ class CleanStage(Stage):
 
     name = "clean"
 
-    def __init__(self, data: DataConfig, folder: Path) -> None:
+    def __init__(self, data: DataConfig, folder: Path, evaluation: Path | None = None) -> None:
+        """`evaluation` is the table of n-grams that documents may not hold."""
         super().__init__()
         self.data = data
         self.folder = folder
+        self.evaluation = evaluation
         check_languages(data.preprocess.language)
         if data.preprocess.quality.enabled:
             from data.quality.rules import prepare
@@ -66,6 +74,7 @@ class CleanStage(Stage):
         rules = length_rules(settings.filter)
         funnels = [Funnel() for _ in self.data.use]
         bad: list[BadRecord] = []
+        hits: list[Hit] = []
         hashes = np.empty(0, np.uint64)
 
         def on_duplicates(frame: pl.DataFrame) -> None:
@@ -91,6 +100,15 @@ class CleanStage(Stage):
                     frame, dropped, *trimmed = apply_quality(frame, settings.quality)
                     funnel.trim(*trimmed)
                     count_dropped(funnels, dropped)
+                if self.evaluation is not None:
+                    from data.decontamination.documents import CUT, decontaminate
+                    from data.decontamination.evaluation_sets import grams_at
+
+                    result = decontaminate(frame, grams_at(self.evaluation), settings.decontamination)
+                    funnel.trim(result.trimmed, result.trimmed_bytes, {CUT: result.passages})
+                    count_dropped(funnels, result.dropped)
+                    hits += result.hits
+                    frame = result.kept
                 frame = add_keys(frame, self.data.seed)
                 hashes = lowest(np.append(hashes, frame["split"].to_numpy()), settings.validation_fraction)
                 runs.add(frame)
@@ -99,12 +117,40 @@ class CleanStage(Stage):
             reasons = funnels[self.data.use.index(record.source)].bad
             reasons[record.reason] = reasons.get(record.reason, 0) + record.count
         write_quarantine(self.folder / f"{part:05d}.jsonl", self.data.use, bad)
+        if self.evaluation is not None:
+            from data.decontamination.hits import write_hits
+
+            write_hits(self.folder / f"{part:05d}.hits", hits)
         report = CleanReport(funnels=funnels, lowest=hashes.tolist())
         write_text(self.folder / f"{part:05d}.json", report.model_dump_json())
 
 
+class SurvivorReport(BaseModel):
+    """The lowest split hashes of the documents of one range that are left."""
+
+    lowest: list[int]
+
+
+class SurvivorStage(Stage):
+    """After near-duplicates and repeated lines are known: who may be held out (`00000.json`)."""
+
+    name = "survivors"
+
+    def __init__(self, selection: Selection, fraction: float, folder: Path) -> None:
+        super().__init__()
+        self.selection = selection
+        self.fraction = fraction
+        self.folder = folder
+
+    def work(self, part: int, parts: int) -> None:
+        hashes = self.selection.read(part, parts).kept["split"].to_numpy()
+        report = SurvivorReport(lowest=lowest(hashes, self.fraction).tolist())
+        write_text(self.folder / f"{part:05d}.json", report.model_dump_json())
+        advance(len(hashes))
+
+
 class ShardReport(BaseModel):
-    """What one task of the second stage has to tell: duplicates dropped and documents kept, per source."""
+    """What one task of `TokenizeStage` has to tell: duplicates dropped and documents kept, per source."""
 
     funnels: list[Funnel]
 
@@ -115,23 +161,23 @@ class TokenizeStage(Stage):
     name = "tokenize"
 
     def __init__(
-        self, data: DataConfig, tokenizer: Tokenizer, split: Split, runs: Sequence[Path], folder: Path
+        self, data: DataConfig, tokenizer: Tokenizer, split: HeldOut, selection: Selection, folder: Path
     ) -> None:
         super().__init__()
         self.data = data
         self.tokenizer_fingerprint = tokenizer.fingerprint
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.split = split
-        self.runs = list(runs)
+        self.selection = selection
         self.folder = folder
 
     def work(self, part: int, parts: int) -> None:
         tokenizer = _tokenizer(self.data.tokenizer_dir, self.data.tokenizer.encoder, self.tokenizer_fingerprint)
         funnels = [Funnel() for _ in self.data.use]
-        frame = read_range(self.runs, *key_range(part, parts))
-        if self.data.preprocess.exact_deduplication:
-            frame, dropped = drop_duplicates(frame)
-            count_dropped(funnels, dropped)
+        selected = self.selection.read(part, parts)
+        frame = selected.kept
+        count_dropped(funnels, selected.dropped)
+        count_trimmed(funnels, selected, self.data.preprocess.line_deduplication.unit)
         for source, documents, size in count_by(frame, "source"):
             funnels[source].kept = Count(documents=documents, bytes=size)
         train, validation = divide(frame, self.split)

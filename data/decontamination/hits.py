@@ -1,0 +1,44 @@
+"""The list of what was found: one file whose order does not depend on the tasks."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import orjson
+
+from config.files import atomic_write
+from data.decontamination.documents import Hit
+
+Entry = tuple[int, str, str, str]
+
+
+def write_hits(path: Path, hits: Sequence[Hit]) -> None:
+    """Write the hits of one task as JSON lines, sorted; an empty file where there are none."""
+    with atomic_write(path) as file:
+        for hit in sorted(hits):
+            file.write(orjson.dumps(list(hit)) + b"\n")
+
+
+def merge_hits(parts: Sequence[Path], use: Sequence[str], path: Path) -> dict[str, int]:
+    """Merge the files of all tasks into one for people; how many documents each set was found in.
+
+    No file is written where nothing was found.
+    """
+    counts: Counter[str] = Counter()
+    if not any(part.stat().st_size for part in parts):
+        return {}
+    with atomic_write(path) as file:
+        for source, key, name, ngram in heapq.merge(*map(_read, parts)):
+            counts[name] += 1
+            file.write(orjson.dumps({"source": use[source], "id": key, "set": name, "ngram": ngram}) + b"\n")
+    return dict(sorted(counts.items()))
+
+
+def _read(path: Path) -> Iterator[Entry]:
+    with open(path, "rb") as file:
+        for line in file:
+            source, key, name, ngram = orjson.loads(line)
+            yield source, key, name, ngram

@@ -1,0 +1,1 @@
+"""Removing what occurs more than once, or stands in an evaluation set."""
