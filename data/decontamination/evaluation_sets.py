@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from numpy.typing import NDArray
 
 from config.deduplication import DecontaminationConfig, EvaluationSetConfig
 from config.errors import UserError
-from config.schema import FilesSourceConfig
+from config.sources import FilesSourceConfig
 from data.decontamination.grams import Grams, grams_of, load_grams, make_grams
 from data.formats import read_rows
 from data.formats.rows import Fault
-from data.manifest import file_sha256
-from data.sources.files import input_files
+from data.published.listing import ListedFile
+from data.published.opening import open_published
+from data.sources.paths import input_files
 
 
 def build_grams(config: DecontaminationConfig) -> Grams:
@@ -27,7 +29,7 @@ def build_grams(config: DecontaminationConfig) -> Grams:
 
 def checksums(config: DecontaminationConfig) -> dict[str, list[str]]:
     """SHA-256 of the files of every set."""
-    return {name: [file_sha256(path) for path in _files(name, entry)] for name, entry in config.sets.items()}
+    return {name: [_checksum(file) for file in _files(name, entry)] for name, entry in config.sets.items()}
 
 
 @lru_cache(maxsize=1)
@@ -38,9 +40,9 @@ def grams_at(path: Path) -> Grams:
 
 def _grams_of_set(name: str, entry: EvaluationSetConfig, n: int) -> NDArray[np.uint64]:
     hashes, texts, short = np.empty(0, np.uint64), 0, 0
-    for path in _files(name, entry):
+    for file in _files(name, entry):
         for column in entry.text_columns:
-            batch = _texts(name, path, column)
+            batch = _texts(name, file, column)
             more, few = grams_of(batch, n)
             hashes = np.unique(np.concatenate([hashes, more]))
             texts, short = texts + len(batch), short + few
@@ -52,12 +54,12 @@ def _grams_of_set(name: str, entry: EvaluationSetConfig, n: int) -> NDArray[np.u
     return hashes
 
 
-def _texts(name: str, path: Path, column: str) -> list[str]:
+def _texts(name: str, file: ListedFile, column: str) -> list[str]:
     """The texts in one column of a file."""
     texts: list[str] = []
     columns: tuple[str, ...] = ()
-    with open(path, "rb") as file:
-        for row in read_rows(file, path.name, column):
+    with open_published(file.url) as content:
+        for row in read_rows(content, file.url, column):
             if isinstance(row, Fault):
                 columns = columns or row.columns
             else:
@@ -65,11 +67,16 @@ def _texts(name: str, path: Path, column: str) -> list[str]:
     if not texts:
         there = f" The columns are: {', '.join(columns)}." if columns else ""
         raise UserError(
-            f"Evaluation set {name!r}: {path} has no text in a column {column!r}.{there} "
+            f"Evaluation set {name!r}: {file.url} has no text in a column {column!r}.{there} "
             f"Set data.preprocess.decontamination.sets.{name}.text_columns."
         )
     return texts
 
 
-def _files(name: str, entry: EvaluationSetConfig) -> list[Path]:
-    return [path for _, path in input_files(name, FilesSourceConfig(kind="files", paths=entry.paths))]
+def _files(name: str, entry: EvaluationSetConfig) -> list[ListedFile]:
+    return input_files(name, FilesSourceConfig(kind="files", paths=entry.paths))
+
+
+def _checksum(file: ListedFile) -> str:
+    with open_published(file.url) as content:
+        return hashlib.sha256(content.read()).hexdigest()
