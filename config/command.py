@@ -43,11 +43,20 @@ Resume = Annotated[
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")]
 
 
-def run(function: Callable[..., Any], arguments: Sequence[str] | None = None) -> None:
-    """Run `function` as a typer command; exit 0, or 1 with one message on a `UserError`, or 130 on Ctrl-C."""
+def run(function: Callable[..., Any] | dict[str, Callable[..., Any]], arguments: Sequence[str] | None = None) -> None:
+    """Run `function` as a typer command; exit 0, or 1 with one message on a `UserError`, or 130 on Ctrl-C.
+
+    Several functions by their names are subcommands, described by the docstring of their module.
+    """
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     settings = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
-    app.command(help=_paragraphs(function), context_settings=settings)(function)
+    if isinstance(function, dict):
+        module = sys.modules[next(iter(function.values())).__module__]
+        app.callback(help=module.__doc__, context_settings=settings)(lambda: None)
+        for name, each in function.items():
+            app.command(name, help=_paragraphs(each), context_settings=settings)(each)
+    else:
+        app.command(help=_paragraphs(function), context_settings=settings)(function)
     try:
         app(args=list(arguments) if arguments is not None else None)
     except UserError as error:

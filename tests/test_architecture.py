@@ -139,7 +139,7 @@ import runpy, sys
 script, *arguments = sys.argv[1:]
 sys.path[0] = script.rpartition("/")[0]
 for argument, status in zip(arguments, (0, 2), strict=True):
-    sys.argv = [script, argument]
+    sys.argv = [script, *argument.split()]
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as stop:
@@ -150,7 +150,9 @@ for argument, status in zip(arguments, (0, 2), strict=True):
 @command_files
 def test_help_and_a_wrong_option_answer_without_loading_anything_heavy(command: Path) -> None:
     """Loading torch takes seconds, these may not; what is loaded is the same on a fast machine and a slow one."""
-    help_page, heavy = heavy_modules_after(AS_A_PROGRAM, str(command), "--help", "--no-such-option")
+    subcommands = re.findall(r'^    run\(\{"(\w+)"', command.read_text(encoding="utf-8"), re.M)
+    options = [" ".join([*subcommands[:1], option]) for option in ("--help", "--no-such-option")]
+    help_page, heavy = heavy_modules_after(AS_A_PROGRAM, str(command), *options)
     assert not heavy
     for option in ("--config", "--print-config", "SECTION.KEY=VALUE"):
         assert option in help_page

@@ -83,21 +83,24 @@ def python_commands() -> Iterator[Any]:
                     yield pytest.param(words[1], words[2:], id=f"{page.name}: {part.strip()}")
 
 
-def function_of(script: str) -> Callable[..., Any]:
-    """The function that a command file hands to `config.command.run`."""
+def function_of(script: str, arguments: list[str]) -> tuple[Callable[..., Any], list[str]]:
+    """The function that a command file hands to `config.command.run` for these arguments, and those that it gets."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    handed: list[Callable[..., Any]] = []
+    handed: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "run", handed.append)
         module.main()
-    return handed[0]
+    if isinstance(handed[0], dict):
+        return handed[0][arguments[0]], arguments[1:]
+    return handed[0], arguments
 
 
 class TestWhatIsWrittenDown:
     @pytest.mark.parametrize(("script", "arguments"), list(python_commands()))
     def test_it_parses_and_its_settings_exist(self, script: str, arguments: list[str]) -> None:
         app = typer.Typer()
-        app.command()(function_of(script))
+        function, arguments = function_of(script, arguments)
+        app.command()(function)
         values = get_command(app).make_context(script, list(arguments)).params
         recipes = [Path("finetune")] if script == "scripts/finetune.py" else []
         recipe = values.get("recipe")

@@ -1,0 +1,146 @@
+"""What a large run would take, before it is begun."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from config.command import Overrides, PrintConfig, Recipe, resolve, run
+
+if TYPE_CHECKING:
+    from config.schema import DataConfig
+    from data.pipeline.calibration import Measured
+
+TASK_SECONDS = 600  # long enough that starting does not count, short enough that one more is no loss
+TASKS_PER_CORE = 4
+
+Size = Annotated[
+    list[str], typer.Option("--size", help="Text to preprocess, uncompressed; may be given several times.")
+]
+Cores = Annotated[int, typer.Option("--cores", help="Cores of the machine or cluster.", min=1)]
+Sample = Annotated[str, typer.Option("--sample", help="Text of the downloaded sources to measure with.")]
+Speed = Annotated[
+    float | None,
+    typer.Option("--speed", metavar="MB/S", help="Take this speed of a core, not the measured one.", min=0),
+]
+
+
+def data(
+    overrides: Overrides = None,
+    sizes: Size = ["1TB", "100TB"],
+    cores: Cores = 64,
+    sample: Sample = "80MB",
+    speed: Speed = None,
+    recipe: Recipe = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Say what preprocessing so much text would take: core-hours, hours, memory, disk.
+
+    It preprocesses a sample of the downloaded sources with your settings on one core, and multiplies. Needs
+    data/download_datasets.py and data/tokenizer.py to have run.
+    """
+    config = resolve(recipe, overrides, print_config)
+    bytes_of = [_bytes("--size", size) for size in sizes]
+    sample_bytes = _bytes("--sample", sample)
+    from data.listing import check_names
+    from data.pipeline.calibration import calibrate
+
+    check_names(config.data.use, config.data)
+    measured = calibrate(config.data, sample_bytes)
+    if speed:
+        measured = measured._replace(bytes_per_second=speed * 1e6)
+    _print(measured, bytes_of, cores, given=bool(speed))
+    print(f"Next: {_next_command(recipe, overrides or [], config.data, measured, bytes_of[0], cores)}")
+
+
+def tasks_for(size: int, cores: int, bytes_per_second: float) -> int:
+    """Parts that the work is cut into: of about ten minutes each, and several for every core."""
+    return max(TASKS_PER_CORE * cores, math.ceil(size / bytes_per_second / TASK_SECONDS))
+
+
+def rows(measured: Measured, size: int, cores: int) -> list[tuple[str, str]]:
+    """What a run over `size` bytes takes, line by line."""
+    from data.listing import format_bytes
+
+    seconds = size / measured.bytes_per_second
+    disk = {
+        "raw data": measured.raw * size,
+        "intermediate files": measured.intermediate * size,
+        "token files": measured.tokens * size,
+    }
+    return [
+        ("core-hours", _figure(seconds / 3600)),
+        (f"hours on {cores:,} cores", _figure(seconds / 3600 / cores)),
+        (f"memory of {cores:,} workers", format_bytes(cores * measured.worker_memory)),
+        *[(name, format_bytes(round(count))) for name, count in disk.items()],
+        ("disk in all", format_bytes(round(sum(disk.values())))),
+        ("data.preprocess.tasks", f"{tasks_for(size, cores, measured.bytes_per_second):,}"),
+    ]
+
+
+def _print(measured: Measured, sizes: list[int], cores: int, given: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from data.listing import format_bytes
+    from data.pipeline.runs import RUN_BYTES
+
+    sample = format_bytes(measured.sample_bytes)
+    print(
+        f"{'Given' if given else f'Measured here on {sample} of your sources'}: "
+        f"{measured.bytes_per_second / 1e6:.1f} MB per core-second. "
+        f"Measured on {sample}: memory of a worker, {format_bytes(measured.worker_memory)} at its peak."
+    )
+    table = Table("text")
+    columns = [rows(measured, size, cores) for size in sizes]
+    for size in sizes:
+        table.add_column(format_bytes(size), justify="right")
+    for lines in zip(*columns):
+        table.add_row(lines[0][0], *[value for _, value in lines])
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)
+    print("Raw data is counted as Parquet. Hours assume that all cores are as fast as this one, and disks keep up.")
+    if measured.sample_bytes < RUN_BYTES:
+        print(f"So small a sample does not show the memory of a worker, which holds up to {format_bytes(RUN_BYTES)}.")
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _bytes(option: str, text: str) -> int:
+    from config.errors import UserError
+    from config.sources import byte_count
+
+    try:
+        count = int(byte_count(text))
+    except ValueError as error:
+        raise UserError(f"{option}: {error}.") from error
+    if count < 1:
+        raise UserError(f"{option}: it must be more than 0.")
+    return count
+
+
+def _next_command(
+    recipe: Recipe, overrides: list[str], data: DataConfig, measured: Measured, size: int, cores: int
+) -> str:
+    """Preprocessing with the settings that this command was given, cut as it proposes for the first size."""
+    import shlex
+
+    words = ["python", "data/preprocess.py", *(["--config", str(recipe)] if recipe else []), *overrides]
+    if not any(override.startswith("data.preprocess.tasks=") for override in overrides):
+        words.append(f"data.preprocess.tasks={tasks_for(size, cores, measured.bytes_per_second)}")
+    return shlex.join(words)
+
+
+def main() -> None:
+    """Run the command."""
+    run({"data": data})
+
+
+if __name__ == "__main__":
+    main()
