@@ -55,6 +55,11 @@ def download_source(name: str, data: DataConfig, *, job: Job, force: bool = Fals
             state = source.revision(name, config)
             if state is None or state == present.revision:
                 return Downloaded(folder, present, fetched=False)
+        if present is not None and job.streaming and not present.streamed and not force:
+            raise UserError(
+                f"{folder} holds what was fetched of source {name!r} with other settings, which streaming would "
+                f"replace by a mere list. Move it away, or type: python data/download_datasets.py {name} --force"
+            )
         partial = folder.with_name(f".{name}.partial")
         with disk_errors(partial):
             partial.mkdir(parents=True, exist_ok=True)

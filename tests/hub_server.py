@@ -133,6 +133,15 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: Any) -> None:
         """Nothing on the terminal."""
 
+    def do_POST(self) -> None:
+        """Answer what the hub's file system asks: which of some paths are there."""
+        form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        parts = urlsplit(self.path).path.removeprefix("/api/datasets/").split("/")
+        repo = self.server_state.repos[f"{parts[0]}/{parts[1]}"]
+        files = repo.files(repo.commit(unquote(parts[3])) or "")
+        entries = [_entry(path, files[path], repo.large(path)) for path in form["paths"] if path in files]
+        self._json(Request(self.path, "", {}), entries)
+
     def do_GET(self) -> None:
         """Answer one request."""
         split = urlsplit(self.path)
@@ -147,6 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._storage(request, parts[1], "/".join(parts[2:]))
             return
         raw = split.path.removeprefix("/api").removeprefix("/datasets/").split("/")
+        raw += ["revision", "main"] if split.path.startswith("/api/") and len(raw) == 2 else []
         if "/datasets/" not in split.path or len(raw) < 4:
             self._error(request, 404, "", "no such page")
             return

@@ -44,6 +44,7 @@ SMALL = [
 TYPED: dict[str, list[str]] = {
     "python data/download_datasets.py": [],
     "python data/download_datasets.py --list": [],
+    "python data/download_datasets.py --list --available": [],
     "python data/tokenizer.py": ["data.tokenizer.vocab_size=512", "data.tokenizer.max_training_bytes=500000"],
     "python data/preprocess.py": ["data.tokenizer.vocab_size=512", "data.preprocess.validation_fraction=0.01"],
     "python scripts/train.py": [*SMALL, "training.max_steps=8"],
@@ -169,6 +170,8 @@ def test_the_road_from_raw_text_to_fine_tuned_answers(clone: Path) -> None:
     assert proposed(output).startswith("python data/tokenizer.py")
     output, _ = type_in(clone, next(typed))
     assert "sample" in output and "corpus/raw/sample" in output
+    output, _ = type_in(clone, next(typed))
+    assert "HuggingFaceFW/fineweb" in output
     output, _ = type_in(clone, next(typed))
     assert proposed(output).startswith("python data/preprocess.py")
     output, _ = type_in(clone, next(typed))

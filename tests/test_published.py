@@ -165,7 +165,7 @@ class TestStreaming:
         for name in sources:
             assert not download(fetched, name).manifest.streamed
         expected = self.tokens(fetched)
-        streamed = config_of("data.corpus_dir=streamed", "data.streaming=true", **sources)
+        streamed = config_of("data.corpus_dir=streamed", "data.streaming=true", "data.preprocess.workers=2", **sources)
         assert self.tokens(streamed) == expected and len(expected) == 4
         for name in sources:
             assert on_disk(streamed, name) == {"manifest.json"}
@@ -189,6 +189,14 @@ class TestStreaming:
         config = config_of(web=urls(addresses, streaming=True))
         assert download(config).manifest.streamed is False, "what was fetched before stays in use"
         assert download(config, force=True).manifest.streamed and on_disk(config) == {"manifest.json"}
+
+    def test_a_list_never_replaces_what_was_fetched(self, server: HubServer) -> None:
+        addresses = publish(server, a__jsonl=jsonl(records(5)), b__jsonl=jsonl(records(5, 1)))
+        download(config_of(web=urls(addresses)))
+        other = config_of("data.streaming=true", web=urls(addresses[1:]))
+        with pytest.raises(UserError, match="which streaming would replace by a mere list"):
+            preprocess(other.data, force=False, show=lambda stage, done, total: None)
+        assert len(documents(config_of(web=urls(addresses)))) == 10
 
     def test_a_list_alone_cannot_be_read_without_streaming(self, server: HubServer) -> None:
         addresses = publish(server, a__jsonl=jsonl(records(5)))
@@ -437,6 +445,16 @@ class TestAddresses:
                 download(config_of(web={"kind": "files", "paths": ["memory://bucket/*.png"]}))
         finally:
             memory.rm("/bucket", recursive=True)
+
+    def test_the_hub_as_a_file_system(self, server: HubServer) -> None:
+        files = {f"data/part-{part}.parquet": parquet(records(30, part)) for part in range(2)}
+        server.repos["owner/set"] = Repo({"main": {**files, "data/notes.txt": b"left alone"}})
+        source = {"kind": "files", "paths": ["hf://datasets/owner/set/data/*.parquet"]}
+        config = config_of(web=source)
+        assert download(config).manifest.documents == 60
+        streamed = config_of("data.corpus_dir=streamed", "data.streaming=true", web=source)
+        download(streamed)
+        assert [document.id for document in documents(streamed)] == [document.id for document in documents(config)]
 
     @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
     def test_the_package_that_is_missing_is_named(

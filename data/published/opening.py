@@ -67,7 +67,8 @@ def unreachable(url: str, error: Exception) -> UserError:
     """What to tell the user about a file system's own error."""
     if isinstance(error, FileNotFoundError):
         return UserError(f"{url} is not there.")
-    return UserError(f"{url} cannot be read: {str(error) or type(error).__name__}. Check the address and your access.")
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return UserError(f"{url} cannot be read: {reason}. Check the address and your access.")
 
 
 class Beginning(io.RawIOBase):
