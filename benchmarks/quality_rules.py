@@ -9,13 +9,13 @@ runs once ours and once datatrove's, in turn; reported are medians of megabytes 
 from __future__ import annotations
 
 import statistics
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from package_text import package_texts
 
 from config.command import run
 
@@ -36,7 +36,7 @@ def benchmark(rounds: Rounds = 3, megabytes: Megabytes = 20, theirs: Theirs = 1)
     from config.load import load_config
 
     config = load_config([Path("web-data")]).data.preprocess.quality
-    texts = _texts(megabytes * 1e6)
+    texts = package_texts(megabytes * 1e6, page=4000)
     ours = _ours(config)
     filters = _theirs(config)
     few = texts[: max(1, int(len(texts) * theirs / megabytes))]
@@ -63,26 +63,6 @@ def benchmark(rounds: Rounds = 3, megabytes: Megabytes = 20, theirs: Theirs = 1)
         )
         table.add_row(name, f"{mine:.1f}", f"{other:.2f}" if other else "", f"{mine / other:.0f}" if other else "")
     Console(width=100).print(table)
-
-
-def _texts(size: float) -> list[str]:
-    """Pages of up to 4,000 characters, in the order of their files, again from the start where there are too few."""
-    paths = {kind: Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "purelib")}
-    files = sorted(paths["stdlib"].rglob("*.py")) + sorted(paths["purelib"].glob("*.dist-info/METADATA"))
-    for ending in ("md", "rst", "txt"):
-        files += sorted(paths["purelib"].rglob(f"*.{ending}"))
-    texts: list[str] = []
-    for file in files[:: max(1, int(len(files) * 8e3 / size))]:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        pages = (text[at : at + 4000] for at in range(0, len(text), 4000))
-        texts += [page for page in pages if page.strip()]
-        size -= len(text)
-        if size < 0:
-            break
-    return texts
 
 
 def _ours(config: QualityConfig) -> dict[str, Callable[[list[str]], Any]]:

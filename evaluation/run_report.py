@@ -16,6 +16,7 @@ import yaml
 from config.errors import UserError
 from config.files import write_text
 from config.load import load_config
+from config.pages import render
 
 REPORT = "report.html"
 _MOST_SAMPLES = 6
@@ -81,13 +82,9 @@ def figures(run: RunFiles) -> list[tuple[str, str]]:
 
 def write_report(run: RunFiles) -> Path:
     """Write `report.html` into the run's folder, and return its path."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
-    )
     model = run.config["model"]
-    page = environment.get_template("run.html").render(
+    page = render(
+        Path(__file__).parent / "templates" / "run.html",
         name=run.directory.name,
         about=f"{model['variant']}: {model['n_layers']} layers, width {model['d_model']}, "
         f"context {model['context_length']}, vocabulary {model['vocab_size']}",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -29,10 +28,6 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-LONGEST_RUN = 1000
-BLANK_RUN = re.compile(rf"\s{{{LONGEST_RUN},}}")
-LONG_RUN = re.compile(rf"\w{{{LONGEST_RUN},}}|\s{{{LONGEST_RUN},}}|[^\w\s]{{{LONGEST_RUN},}}")
 
 
 class ByteLevelBPE:
@@ -89,7 +84,8 @@ def train_byte_level(texts: Iterator[str], config: TokenizerConfig) -> ByteLevel
     The same texts give the same merges. A corpus with fewer pairs than `config.vocab_size` asks for gives a smaller
     vocabulary.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from data.tokenization.merges import learn_merges
+    from data.tokenization.words import count_words
 
     smallest = 256 + len(config.special_tokens)
     if config.vocab_size < smallest:
@@ -97,7 +93,22 @@ def train_byte_level(texts: Iterator[str], config: TokenizerConfig) -> ByteLevel
             f"data.tokenizer.vocab_size is {config.vocab_size}; bpe needs at least {smallest}: "
             f"256 bytes and {len(config.special_tokens)} special tokens."
         )
-    library = Tokenizer(models.BPE())
+    alphabet = sorted(BYTE_OF)
+    byte_ids = np.zeros(256, np.int32)
+    byte_ids[[BYTE_OF[character] for character in alphabet]] = np.arange(len(config.special_tokens), smallest)
+    tokens = [name.encode() for name in config.special_tokens] + [bytes([BYTE_OF[letter]]) for letter in alphabet]
+    merges = learn_merges(count_words(texts, config.pattern), byte_ids, tokens, config.vocab_size)
+    return ByteLevelBPE(_serialized(tokens, merges, config))
+
+
+def _serialized(tokens: list[bytes], merges: list[tuple[bytes, bytes]], config: TokenizerConfig) -> bytes:
+    """A `tokenizer.json` with these tokens, of which the first are the special ones."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    special = len(config.special_tokens)
+    names = [*config.special_tokens, *map(_written, tokens[special:])]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    library = Tokenizer(models.BPE(vocabulary, [(_written(left), _written(right)) for left, right in merges]))
     if config.pattern == "gpt2":
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     else:
@@ -108,25 +119,13 @@ def train_byte_level(texts: Iterator[str], config: TokenizerConfig) -> ByteLevel
             ]
         )
     library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        min_frequency=2,
-        special_tokens=list(config.special_tokens),
-        initial_alphabet=sorted(BYTE_OF),
-        show_progress=False,
-    )
-    library.train_from_iterator(map(shorten_runs, texts), trainer)
-    return ByteLevelBPE(library.to_str().encode())
+    library.add_special_tokens(list(config.special_tokens))
+    return str(library.to_str()).encode()
 
 
-def shorten_runs(text: str) -> str:
-    """`text` without what lies past `LONGEST_RUN` characters in one word, one blank or one row of signs.
-
-    The library's time grows with the square of a word's length: a few megabytes in one word would keep it for hours.
-    """
-    if max(map(len, text.split()), default=0) <= LONGEST_RUN and not BLANK_RUN.search(text):
-        return text
-    return LONG_RUN.sub(lambda match: match[0][:LONGEST_RUN], text)
+def _written(token: bytes) -> str:
+    """A token as a byte-level vocabulary writes it."""
+    return "".join(map(CHARACTER_OF.__getitem__, token))
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -140,3 +139,4 @@ def _byte_of_character() -> dict[str, int]:
 
 
 BYTE_OF = _byte_of_character()
+CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
