@@ -26,6 +26,11 @@ def byte_count(value: Any) -> Any:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+def date_word(value: Any) -> Any:
+    """A date such as 20240301, which YAML reads as a number."""
+    return str(value) if isinstance(value, int) else value
+
+
 Bytes = Annotated[PositiveInt, BeforeValidator(byte_count)]
 """A number of bytes, which may be written as `5GB`."""
 
@@ -98,6 +103,39 @@ class HubSourceConfig(RowsSection):
     revision: str = "main"
 
 
+class CommonCrawlSourceConfig(PublishedSection):
+    """Files of one crawl of Common Crawl."""
+
+    kind: Literal["common-crawl"]
+    crawl: Annotated[str, Field(pattern=r"^CC-MAIN-\d{4}-\d{2}$")]
+    format: Literal["wet", "warc"] = "wet"
+    files: PositiveInt | None = None
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    base_url: str = "https://data.commoncrawl.org"
+
+    @model_validator(mode="after")
+    def _combinations(self) -> CommonCrawlSourceConfig:
+        if self.files is not None and self.fraction is not None:
+            raise ValueError("files: set files or fraction, and the other one to null; both null means all files")
+        return self
+
+
+class WikipediaSourceConfig(PublishedSection):
+    """The articles of one Wikipedia."""
+
+    kind: Literal["wikipedia"]
+    format: Literal["parquet", "dump"] = "parquet"
+    language: Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")] = "en"
+    date: Annotated[str, BeforeValidator(date_word), Field(pattern=r"^\d{8}$")] | None = None
+    base_url: str = "https://dumps.wikimedia.org"
+
+
 SourceConfig = Annotated[
-    SampleSourceConfig | FilesSourceConfig | UrlsSourceConfig | HubSourceConfig, Field(discriminator="kind")
+    SampleSourceConfig
+    | FilesSourceConfig
+    | UrlsSourceConfig
+    | HubSourceConfig
+    | CommonCrawlSourceConfig
+    | WikipediaSourceConfig,
+    Field(discriminator="kind"),
 ]

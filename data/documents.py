@@ -82,14 +82,14 @@ def _read(
         yield from read_quarantine(folder / QUARANTINE, name)
     options = row_options(source)
     for index, raw in enumerate(manifest.files):
-        wanted = _share(raw.path, index, len(manifest.files), part, parts, manifest.streamed)
+        wanted = _share(raw, index, len(manifest.files), part, parts, manifest.streamed)
         if wanted is None:
             continue
         with open_raw(folder, manifest, raw) as file:
             if manifest.layout == "documents":
                 yield from read_stored(file, name, wanted)
                 continue
-            for row in read_rows(file, raw.path, wanted=wanted, limit=raw.documents, **options):
+            for row in read_rows(file, raw.path, wanted=wanted, limit=raw.documents, cut=not raw.whole, **options):
                 yield _published(name, raw.path, row)
 
 
@@ -116,14 +116,17 @@ def row_options(source: SourceConfig) -> dict[str, Any]:
     }
 
 
-def _share(path: str, index: int, files: int, part: int, parts: int, streamed: bool) -> Callable[[int], bool] | None:
+def _share(raw: RawFile, index: int, files: int, part: int, parts: int, streamed: bool) -> Callable[[int], bool] | None:
     """Which units of file number `index` belong to `part`: a predicate, or None where none of them does.
 
-    Whole files where there are many. Otherwise row groups of Parquet, and blocks of rows of what can only be read from
-    its beginning, unless reading means fetching it.
+    Whole files where there are many. Otherwise parts of what can be read from anywhere, and blocks of rows of what can
+    only be read from its beginning, unless reading means fetching it.
     """
-    parquet = path.endswith(".parquet")
-    if files >= (4 * parts if parquet else parts) or streamed and not parquet:
+    from data.formats import SPLITTABLE
+
+    # Where a streamed file that is not Parquet is to end is known by its rows alone.
+    split = raw.path.endswith(SPLITTABLE) and (raw.whole or not streamed or raw.path.endswith(".parquet"))
+    if files >= (4 * parts if split else parts) or streamed and not split:
         return (lambda unit: True) if index % parts == part else None
     return lambda unit: (index + unit) % parts == part
 
@@ -134,7 +137,7 @@ def _published(source: str, path: str, row: Row | Fault) -> Document | BadRecord
     location = f"{path}:{row.number}"
     if isinstance(row, Fault):
         return bad_record(source, location, row)
-    return Document(document_id(source, location), row.text, source, {"file": path, "row": row.number})
+    return Document(document_id(source, location), row.text, source, {**row.columns, "file": path, "row": row.number})
 
 
 def bad_record(source: str, location: str, fault: Fault) -> BadRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
@@ -35,6 +36,7 @@ from data.formats.rows import RECORD_BYTES, Fault, Row
 from data.manifest import load_raw_manifest
 from data.sources import Job
 from data.sources.sample import language_reference
+from tests.archives import Archive, articles, dump, page
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["One story.", 'Zwei Geschichten\nmit Umbruch, und "Zeichen".', "третья", "四番目の話"]
@@ -73,6 +75,7 @@ def parquet(columns: dict[str, Any], row_group_size: int = 1000) -> bytes:
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
     ".gz": gzip.compress,
+    ".bz2": bz2.compress,
     ".zst": lambda data: zstandard.ZstdCompressor().compress(data),
 }
 
@@ -112,9 +115,16 @@ class TestFormats:
     @given(st.sampled_from(SUFFIXES), st.integers(0, 3), st.data())
     def test_no_bytes_whatever_break_a_reader(self, suffix: str, changes: int, data: st.DataObject) -> None:
         records = [{"text": text, "n": "1"} for text in TEXTS]
-        base, _, packed = suffix[1:].partition(".")
-        whole = {"parquet": parquet({"text": TEXTS}), "csv": csv_bytes(records)}.get(base, jsonl(records))
-        body = bytearray(PACK["." + packed if packed else ""](whole) if changes else data.draw(st.binary(max_size=300)))
+        base, packed = suffix.split(".")[1], Path(suffix).suffix
+        whole = {
+            "parquet": parquet({"text": TEXTS}),
+            "csv": csv_bytes(records),
+            "xml": dump(articles(3)),
+            "warc": crawl_archive(packed=False),
+        }.get(base, jsonl(records))
+        body = bytearray(PACK.get(packed, bytes)(whole) if changes else data.draw(st.binary(max_size=300)))
+        if base == "warc" and packed == ".gz" and changes:
+            body = bytearray(crawl_archive(packed=True))
         for _ in range(changes):
             at = data.draw(st.integers(0, len(body)))
             body[at : at + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
@@ -154,7 +164,7 @@ class TestFormats:
         assert [row.number for row in rows if isinstance(row, Row)] == [1, 12, 13, 14]
         assert rows[-1].columns == {"m": 2}
 
-    @pytest.mark.parametrize("packed", [".gz", ".zst"])
+    @pytest.mark.parametrize("packed", [".gz", ".bz2", ".zst"])
     def test_what_stands_before_a_cut_is_kept(self, packed: str) -> None:
         records = [{"text": f"number {number} {os.urandom(200).hex()}"} for number in range(5000)]
         data = PACK[packed](jsonl(records))
@@ -163,9 +173,9 @@ class TestFormats:
         assert len(kept) > 1000 and kept == [record["text"] for record in records[: len(kept)]]
         assert faults_of(rows) == [(len(kept) + 1, "truncated")]
 
-    @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.zst", "a.csv.gz"])
-    def test_a_page_in_place_of_an_archive(self, name: str) -> None:
-        assert faults_of(rows_of(b"<html>404 Not Found</html>" * 20, name))[0][1] in ("corrupt", "missing-text")
+    @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.txt.zst", "a.csv.gz"])
+    def test_bytes_that_are_not_packed_as_the_name_says(self, name: str) -> None:
+        assert faults_of(rows_of(b"404 Not Found\n" * 20, name))[0][1] == "corrupt"
 
     def test_zst_of_several_frames_and_a_long_window(self) -> None:
         parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
@@ -225,7 +235,7 @@ class TestFormats:
         ]
 
     def test_parquet_that_is_none_or_has_other_columns(self) -> None:
-        assert faults_of(rows_of(b"<html>not found</html>", "a.parquet")) == [(0, "corrupt")]
+        assert faults_of(rows_of(b"not Parquet at all", "a.parquet")) == [(0, "corrupt")]
         data = parquet({"body": TEXTS, "n": [1, 2, 3, 4]}, row_group_size=3)
         rows = rows_of(data, "a.parquet")
         assert [(row.count, row.columns) for row in rows if isinstance(row, Fault)] == [
@@ -243,6 +253,14 @@ class TestFormats:
         rows = rows_of(broken, "a.parquet")
         assert sum(row.count for row in rows if isinstance(row, Fault)) + len(texts_of(rows)) == 1000
         assert {reason for _, reason in faults_of(rows)} == {"corrupt"}
+
+
+def crawl_archive(packed: bool) -> bytes:
+    """A page and the text of one."""
+    archive = Archive(packed)
+    archive.response("http://example.org/", page(TEXTS[1]).encode())
+    archive.conversion("http://example.org/", TEXTS[2].encode())
+    return archive.content
 
 
 @pytest.fixture

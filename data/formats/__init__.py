@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import IO
 
-from data.formats.rows import Fault, Keep, Row, Wanted
+from data.formats.rows import Fault, Keep, Row, Wanted, excerpt_of
+from data.pipeline.markup import is_page
 
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = (".gz", ".bz2", ".zst")
+PROSE = (".txt", ".md")
+ARCHIVES = (".warc", ".warc.gz", ".warc.wet", ".warc.wet.gz")
 SUFFIXES = tuple(
-    [".parquet", ".json.gz", ".json.zst"]
-    + [base + packed for base in (".txt", ".md", ".jsonl", ".csv") for packed in ("", *COMPRESSIONS)]
+    [".parquet", ".json.gz", ".json.zst", *ARCHIVES]
+    + [base + packed for base in (*PROSE, ".jsonl", ".csv", ".xml") for packed in ("", *COMPRESSIONS)]
 )
 """Names that a readable file may end in."""
+SPLITTABLE = (".parquet", ".xml.bz2")
+"""Suffixes of files of which a part is read without what stands before it."""
 DOCUMENT_BYTES = 1_000_000
 
 
@@ -31,16 +37,20 @@ def read_rows(
     with_columns: bool = False,
     document_bytes: int = DOCUMENT_BYTES,
     keep: Keep | None = None,
+    cut: bool = False,
 ) -> Iterator[Row | Fault]:
     """The rows of an open binary file whose format the suffix of `path` tells; memory is bounded by the longest row.
 
     `wanted` chooses the units to read (row groups, blocks of rows, pieces of a text file), `limit` the number of rows,
     `with_columns` asks for the short columns beside the text, `document_bytes` is where a long text file is cut.
-    Rows that `keep` leaves out are reported as faults whose reason is `left-out`, one for each unit.
+    Rows that `keep` leaves out are reported as faults whose reason is `left-out`, one for each unit. With `cut`, the
+    file is the beginning of another one, and its end is no fault.
     """
     suffix = suffix_of(path)
     if suffix is None:
         raise ValueError(f"no format for {path}")
+    if not suffix.startswith(PROSE) and (page := _web_page(file)) is not None:
+        return iter([Fault(0, "html-page", page)] if wanted(0) else [])
     if suffix == ".parquet":
         from data.formats.parquet import read_parquet
 
@@ -54,6 +64,14 @@ def read_rows(
         from data.formats.delimited import read_csv
 
         return read_csv(file, path, text_column, wanted, limit, with_columns, keep)
+    if suffix.startswith(".xml"):
+        from data.formats.mediawiki import read_dump
+
+        return islice(read_dump(file, path, wanted, cut), limit)
+    if suffix in ARCHIVES:
+        from data.formats.warc import read_warc
+
+        return read_warc(file, path, wanted, limit)
     from data.formats.plain import read_text
 
     return read_text(file, path, wanted, limit, document_bytes)
@@ -74,9 +92,26 @@ def count_rows(
     if suffix.startswith(".json"):
         from data.formats.jsonl import count_lines
 
-        return count_lines(file, path.lower(), cut)
+        return 1 if _web_page(file) else count_lines(file, path.lower(), cut)
+    if _web_page(file) is None and suffix.startswith(".xml"):
+        from data.formats.mediawiki import count_articles
+
+        return count_articles(file, path.lower(), cut)
+    if _web_page(file) is None and suffix in ARCHIVES:
+        from data.formats.warc import count_pages
+
+        return count_pages(file, path.lower(), cut)
     rows = before_last = 0
     for row in read_rows(file, path, text_column, document_bytes=document_bytes):
         before_last = rows if isinstance(row, Row) else before_last
         rows += row.count if isinstance(row, Fault) else 1
     return before_last if cut else rows
+
+
+def _web_page(file: IO[bytes]) -> str | None:
+    """The beginning of a file that is an HTML page, as a server sends in place of one that it does not have."""
+    start = file.tell()
+    head = file.read(4096)
+    file.seek(start)
+    text = head.decode("utf-8", "replace")
+    return excerpt_of(text) if is_page(text) else None

@@ -37,6 +37,9 @@ def read_csv(
     csv.field_size_limit(RECORD_BYTES)
     lines = _Lines(bounded_lines(chunks(file, path)))
     header_line = next(lines, "").removeprefix("\ufeff")
+    if not header_line and lines.faults:
+        yield from lines.faults if wanted(0) else ()
+        return
     if "\0" in header_line:
         yield Fault(1, "binary", excerpt_of(header_line))
         return

@@ -92,6 +92,11 @@ def excerpt_of(data: bytes | str) -> str:
     return data[:EXCERPT].decode("utf-8", "backslashreplace")
 
 
+def is_end(row: object) -> bool:
+    """Whether `row` only says that its file ends too early."""
+    return isinstance(row, Fault) and row.reason == "truncated"
+
+
 def text_fault(text: str) -> str | None:
     """Why `text` cannot be a document, as a slug, or None: `empty`, `lone-surrogate` or `binary`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ def chunks(file: IO[bytes], path: str) -> Iterator[bytes]:
     """The content of `file`, decompressed as the suffix of `path` says, in pieces of bounded size."""
     if path.endswith(".gz"):
         return _gzip_chunks(file)
+    if path.endswith(".bz2"):
+        return _bzip2_chunks(file)
     if path.endswith(".zst"):
         return _zstd_chunks(file)
     return iter(lambda: file.read(CHUNK), b"")
@@ -38,6 +41,27 @@ def _gzip_chunks(file: IO[bytes]) -> Iterator[bytes]:
         raise BrokenStream("truncated") from error
     except (gzip.BadGzipFile, zlib.error) as error:
         raise BrokenStream("corrupt") from error
+
+
+def _bzip2_chunks(file: IO[bytes]) -> Iterator[bytes]:
+    """All streams of a .bz2 file, from where it stands."""
+    decompressor = bz2.BZ2Decompressor()
+    begun = False
+    while data := file.read(CHUNK):
+        while data:
+            begun = True
+            try:
+                output = decompressor.decompress(data, CHUNK)
+                while output:
+                    yield output
+                    output = b"" if decompressor.eof else decompressor.decompress(b"", CHUNK)
+            except OSError as error:
+                raise BrokenStream("corrupt") from error
+            data = decompressor.unused_data if decompressor.eof else b""
+            if decompressor.eof:
+                decompressor, begun = bz2.BZ2Decompressor(), False
+    if begun:
+        raise BrokenStream("truncated")
 
 
 def _zstd_chunks(file: IO[bytes]) -> Iterator[bytes]:

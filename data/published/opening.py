@@ -76,15 +76,27 @@ class Beginning(io.RawIOBase):
 
     def __init__(self, file: IO[bytes], length: int) -> None:
         self._file = file
-        self._left = length
+        self._length = length
 
     def readable(self) -> bool:
         """Always."""
         return True
 
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """The position of the next read, in bytes."""
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to `offset` from the beginning, the position or the end."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._length}[whence]
+        return self._file.seek(max(base + offset, 0))
+
     def readinto(self, target: bytearray | memoryview) -> int:  # type: ignore[override]
         """Fill `target` as far as the beginning goes."""
-        data = self._file.read(min(len(target), self._left))
+        data = self._file.read(max(min(len(target), self._length - self.tell()), 0))
         target[: len(data)] = data
-        self._left -= len(data)
         return len(data)

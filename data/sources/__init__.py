@@ -26,6 +26,8 @@ KINDS = {
     "files": "data.sources.files",
     "urls": "data.sources.urls",
     "hub": "data.sources.hub",
+    "common-crawl": "data.sources.common_crawl",
+    "wikipedia": "data.sources.wikipedia",
 }
 
 

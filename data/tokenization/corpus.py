@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from data.documents import Document, read_documents
 from data.download import raw_manifest
+from data.formats import SPLITTABLE
 from data.manifest import RawManifest
 from data.tokenization.training import interleave
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 HELD_OUT_ONE_IN = 50
 KEPT_CHARACTERS = 2_000_000
 ALWAYS_TRAINED = 100
-PACKED = {".parquet": 4, ".gz": 3, ".zst": 4}  # bytes of text to expect for each byte on disk
+PACKED = {".parquet": 4, ".gz": 3, ".bz2": 4, ".zst": 4}  # bytes of text to expect for each byte on disk
 UNKNOWN_BYTES = 100_000_000  # of a streamed file whose publisher does not tell
 
 
@@ -91,5 +92,5 @@ def _parts(manifest: RawManifest, share: int) -> int:
     """
     size = sum((file.bytes or UNKNOWN_BYTES) * PACKED.get(Path(file.path).suffix, 1) for file in manifest.files)
     parts = max(1, -(-size // max(share, 1)))
-    lines = manifest.layout == "published" and not all(file.path.endswith(".parquet") for file in manifest.files)
+    lines = manifest.layout == "published" and not all(file.path.endswith(SPLITTABLE) for file in manifest.files)
     return min(parts, len(manifest.files)) if lines else parts
