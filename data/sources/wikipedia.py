@@ -52,7 +52,9 @@ def _dump(config: WikipediaSourceConfig) -> Listing:
     wiki = f"{config.language.replace('-', '_')}wiki"
     for date in [config.date] if config.date else _dates(f"{base}/{wiki}/", config.language):
         folder = f"{base}/{wiki}/{date}"
-        files = _by_status(base, f"{folder}/dumpstatus.json") or _by_checksums(folder, f"{wiki}-{date}")
+        files = _by_status(base, f"{folder}/dumpstatus.json")
+        if files is None:
+            files = _by_checksums(folder, f"{wiki}-{date}")
         if files:
             licence = config.about.licence or "not stated"
             return Listing(origin=folder, licence=licence, revision=date, files=files, connections=CONNECTIONS)
@@ -73,11 +75,11 @@ def _dates(url: str, language: str) -> list[str]:
     return sorted({date.decode() for date in re.findall(rb'href="(?:[^"]*/)?(\d{8})/?"', page)}, reverse=True)
 
 
-def _by_status(base: str, url: str) -> list[ListedFile]:
-    """The files of the best job that is done."""
+def _by_status(base: str, url: str) -> list[ListedFile] | None:
+    """The files of the best job that is done; None where the server does not tell."""
     page = read_page(url)
     if page is None:
-        return []
+        return None
     try:
         jobs: dict[str, Any] = json.loads(page)["jobs"]
         done = [jobs[name] for name in JOBS if name in jobs and jobs[name]["status"] == "done"]
