@@ -103,7 +103,8 @@ def bounded_lines(pieces: Iterator[bytes]) -> Iterator[tuple[bytes, int]]:
         *ended, rest = piece.split(b"\n")
         for part in ended:
             line.append(part)
-            yield b"".join(line), length + len(part)
+            length += len(part)
+            yield b"".join(line)[: length if length <= RECORD_BYTES else 4 * EXCERPT], length
             line, length = [], 0
         if length + len(rest) > RECORD_BYTES:
             line = [b"".join([*line, rest])[: 4 * EXCERPT]]
