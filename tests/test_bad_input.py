@@ -116,7 +116,7 @@ def test_the_whole_road_over_bad_input(raw: tuple[list[str], Counter[str]]) -> N
 
     funnel = load_tokens_manifest(Path("corpus/tokens")).funnel["web"]
     assert funnel.bad == counts
-    kept = {text for split in ("train", "val") for text in texts_of(Path("."), split)}  # type: ignore[arg-type]
+    kept = {text for split in ("train", "val") for text in texts_of(Path("."), split)}
     assert set(texts) <= kept
     others = [text for text in kept if text not in set(texts)]
     assert all(text.startswith("Cut ") for text in others) and len(others) > 1000
