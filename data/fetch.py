@@ -139,7 +139,7 @@ class FileFetch:
         self._check_stop()
         self._waiting("")
         if self._length and self._length == self._file.wanted:
-            self._verify()
+            self._verify(self._file.size)
             return
         headers = {"Accept-Encoding": "identity"}
         note = read_note(self._file)
@@ -164,9 +164,7 @@ class FileFetch:
                     self._advance(len(chunk))
                     if self._enough():
                         break
-        if self._file.size is None and total is not None and self._length < min(total, self._file.take or total):
-            raise Passing("the connection was cut")
-        self._verify()
+        self._verify(total)
 
     def _enough(self) -> bool:
         """Whether to stop reading: the beginning that is wanted is here, or more than there should be."""
@@ -199,15 +197,16 @@ class FileFetch:
         write_note(self._file, etag=etag)
         return total
 
-    def _verify(self) -> None:
-        """Discard the part and raise `Passing` if it is not the file that the publisher describes."""
-        size = self._file.wanted
+    def _verify(self, total: int | None) -> None:
+        """Discard the part and raise `Passing` if it is not the file that the publisher or the answer describes."""
+        total = total if self._file.size is None else self._file.size
+        size = self._file.take if total is None else min(total, self._file.take or total)
         if size is not None and self._length < size:
             raise Passing("the connection was cut")
         problem = None
         if size is not None and self._length > size:
             problem = f"more came than its {size} bytes"
-        elif size == self._file.size and not self._digests.right():
+        elif size == total and not self._digests.right():
             problem = f"its {self._digests.algorithm} is not what the publisher states"
         if problem is not None:
             self._discard()

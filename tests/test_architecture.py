@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {"config": 0, "data": 1, "model": 1, "training": 2, "evaluation": 2, "inference": 2, "scripts": 3}
 HEAVY = {
-    "datasets",
     "datatrove",
     "matplotlib",
     "numba",

@@ -237,6 +237,34 @@ class TestFileFetch:
         fetch(**self.right())
         assert self.path.read_bytes() == BODY
 
+    @pytest.mark.parametrize("ignore_range", [False, True])
+    @pytest.mark.parametrize("known", [True, False])
+    def test_the_beginning_of_a_file_and_then_more_of_it(
+        self, fetch: Callable[..., Fetched], hub: HubServer, known: bool, ignore_range: bool
+    ) -> None:
+        hub.misbehave["file.bin"] = [Answer(cut_after=40_000, ignore_range=ignore_range)] if ignore_range else []
+        right = self.right() if known else {}
+        sizes = []
+        for take in (100_000, 50_000, 170_000, 10 * len(BODY)):
+            hub.requests.clear()
+            done = fetch(**right, take=take)
+            assert self.path.read_bytes() == BODY[:take] and done.bytes == min(take, len(BODY))
+            assert done.sha256 == hashlib.sha256(BODY[:take]).hexdigest()
+            sizes.append([request.sent for request in hub.bodies("file.bin")])
+        assert sizes[1:] == [[50_000], [120_000], [130_000]]
+        hub.requests.clear()
+        assert fetch(**right).bytes == len(BODY) and not hub.requests
+
+    def test_a_beginning_is_gone_on_with_only_if_it_is_of_the_same_file(
+        self, fetch: Callable[..., Fetched], hub: HubServer
+    ) -> None:
+        old = random.Random(1).randbytes(len(BODY))
+        hub.misbehave["file.bin"] = [Answer(body=old, etag='"old"')]
+        fetch(take=100_000)
+        assert self.path.read_bytes() == old[:100_000]
+        fetch(take=200_000)
+        assert self.path.read_bytes() == BODY[:200_000]
+
     def test_a_finished_file_is_not_asked_for_again(self, fetch: Callable[..., Fetched], hub: HubServer) -> None:
         first = fetch(**self.right())
         hub.requests.clear()

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import random
 import sys
 import threading
@@ -189,6 +190,11 @@ class TestStreaming:
         config = config_of(web=urls(addresses, streaming=True))
         assert download(config).manifest.streamed is False, "what was fetched before stays in use"
         assert download(config, force=True).manifest.streamed and on_disk(config) == {"manifest.json"}
+
+    def test_a_name_that_no_list_can_hold(self, server: HubServer, tmp_path: Path) -> None:
+        Path(os.fsdecode(b"K\xe4se.jsonl")).write_bytes(jsonl(records(3)))
+        with pytest.raises(UserError, match="rename K.*se.jsonl to stream it; its name is not UTF-8"):
+            download(config_of("data.streaming=true", web={"kind": "files", "paths": [str(tmp_path)]}))
 
     def test_a_list_never_replaces_what_was_fetched(self, server: HubServer) -> None:
         addresses = publish(server, a__jsonl=jsonl(records(5)), b__jsonl=jsonl(records(5, 1)))

@@ -29,7 +29,7 @@ from data.funnel import Funnel, total
 from data.pipeline.bad_records import first_harmful, merge_quarantine
 from data.pipeline.executor import Executor, Stage, executor_for, run_stage
 from data.pipeline.mixture import plan_passes, source_tokens
-from data.pipeline.preparation import fingerprint, present, raw_manifests, recorded_settings
+from data.pipeline.preparation import expected_documents, fingerprint, present, raw_manifests, recorded_settings
 from data.pipeline.progress import stage_shares
 from data.pipeline.report import SPLITS, markdown
 from data.pipeline.shards import FilePlan, Passes, plan_files
@@ -85,7 +85,7 @@ def preprocess(data: DataConfig, *, force: bool, show: Show) -> tuple[TokensMani
         for other in partial.iterdir() if partial.is_dir() else ():
             if force or other.name != key:
                 shutil.rmtree(other)
-        documents = sum(source.documents or 0 for source in raw)
+        documents = expected_documents(raw)
         with executor_for(data) as workers, disk_errors(partial / key):
             work = _Work(data, tokenizer, documents, partial / key, workers, show)
             if not (work.folder / OUTPUT).exists():

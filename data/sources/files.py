@@ -53,6 +53,7 @@ def download(name: str, config: FilesSourceConfig, folder: Path, job: Job) -> Ra
     state = revision(name, config)
     files = input_files(name, config)
     if job.streaming:
+        _check_names(name, files)
         listing = Listing(", ".join(config.paths), config.about.licence or "your own", files, state)
         return bring(name, "files", config, folder, job, lambda: listing)
     chosen = list(choose(files, job.max_bytes))
@@ -90,6 +91,15 @@ def download(name: str, config: FilesSourceConfig, folder: Path, job: Job) -> Ra
         files=writer.files,
         quarantined=dict(bad.counts),
     )
+
+
+def _check_names(name: str, files: list[ListedFile]) -> None:
+    """`UserError` for a name that cannot be written into a list."""
+    for file in files:
+        try:
+            file.url.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"Source {name!r}: rename {file.path} to stream it; its name is not UTF-8.") from error
 
 
 def _rows(chosen: list[Chosen], config: FilesSourceConfig, job: Job, task: TaskID) -> Iterator[tuple[str, Row | Fault]]:

@@ -58,6 +58,8 @@ class Note:
     etag: str | None = None
     size: int | None = None
     sha256: str | None = None
+    cut: bool = False
+    """Whether the complete file is the beginning of a longer one, as far as that is known."""
 
 
 def read_note(file: RemoteFile) -> Note | None:
@@ -72,7 +74,8 @@ def read_note(file: RemoteFile) -> Note | None:
 
 def write_note(file: RemoteFile, etag: str | None = None, size: int | None = None, sha256: str | None = None) -> None:
     """Say what the bytes of `file` on disk are, atomically."""
-    note = Note(file.url, list(file.checksum) if file.checksum else None, etag, size, sha256)
+    cut = size is not None and size == file.take and size != file.size
+    note = Note(file.url, list(file.checksum) if file.checksum else None, etag, size, sha256, cut)
     write_text(file.note, json.dumps(asdict(note)))
 
 
@@ -80,6 +83,8 @@ def finished(file: RemoteFile) -> Fetched | None:
     """The file if it is complete on disk since an earlier run, else None."""
     note = read_note(file)
     if note is None or note.sha256 is None or note.size is None:
+        return None
+    if file.wanted is None and note.cut:
         return None
     if file.wanted not in (None, note.size) or not file.path.is_file() or file.path.stat().st_size != note.size:
         return None
