@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -38,6 +39,7 @@ from data.tokenization.build import build
 from data.transport.remote import LONGEST_READ, RemoteStream
 from tests.hub_server import Answer, HubServer, Repo
 
+ROOT = Path(__file__).parents[1]
 NAMES = ["ArXiv", "Github", "Wikipedia (en)"]
 SETTINGS = [
     "data.tokenizer.vocab_size=300",
@@ -173,6 +175,36 @@ class TestStreaming:
             assert [document.id for document in documents(streamed, name)] == [
                 document.id for document in documents(fetched, name)
             ]
+
+    @pytest.mark.slow
+    def test_the_commands_killed_while_streaming_end_with_the_same_bytes(self, server: HubServer) -> None:
+        files = {f"data/train-{part}.parquet": parquet(records(2000, part)) for part in range(4)}
+        server.repos["owner/set"] = Repo({"main": files})
+        source = {"kind": "hub", "repository": "owner/set", "max_bytes": "250KB"}
+        fetched = config_of("data.corpus_dir=fetched", web=source)
+        download(fetched)
+        build(fetched, lambda done, total: None).tokenizer.save(Path(fetched.data.tokenizer_dir))
+        preprocess(fetched.data, force=False, show=lambda stage, done, total: None)
+
+        def start(command: str) -> subprocess.Popen[str]:
+            words = [f"data.sources.web={json.dumps(source)}", "data.use=[web]", *SETTINGS]
+            line = [sys.executable, str(ROOT / "data" / command), *words, "data.streaming=true"]
+            return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+        assert start("tokenizer.py").wait(120) == 0
+        before = len(server.requests)
+        first = start("preprocess.py")
+        while len(server.requests) < before + 3:
+            assert first.poll() is None
+            time.sleep(0.01)
+        first.kill()
+        first.wait()
+        again = start("preprocess.py")
+        _, error = again.communicate(timeout=120)
+        assert again.returncode == 0, error
+        for name in ("train.bin", "train.index", "val.bin", "val.index"):
+            assert Path("corpus/tokens", name).read_bytes() == Path("fetched/tokens", name).read_bytes()
+        assert [path.name for path in Path("corpus/raw/web").iterdir()] == ["manifest.json"]
 
     @pytest.mark.parametrize("parts", [2, 5])
     def test_parts_together_are_the_whole(self, server: HubServer, tmp_path: Path, parts: int) -> None:
