@@ -17,7 +17,14 @@ import pytest
 from tests.test_preprocess import ROOT, SETTINGS, checksums, command, sentences, write_corpus
 
 KILLS = 20
-TWO_WORKERS = ("data.preprocess.workers=2", "data.preprocess.tasks=6", "data.preprocess.max_file_tokens=30000")
+TWO_WORKERS = (
+    "data.preprocess.workers=2",
+    "data.preprocess.tasks=6",
+    "data.preprocess.max_file_tokens=30000",
+    "data.preprocess.near_deduplication.enabled=true",
+    "data.preprocess.line_deduplication.unit=lines",
+    "data.preprocess.mixture.epochs={notes: 1.5}",
+)
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
