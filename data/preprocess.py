@@ -24,7 +24,8 @@ def preprocess(
 
     Documents are mended, filtered by length, deduplicated, split into training and validation parts, shuffled across
     the whole corpus, and tokenized. If interrupted, the same command continues; the old token files stay in use until
-    the new ones are complete. Needs data/download_datasets.py and data/tokenizer.py to have run.
+    the new ones are complete. Needs data/tokenizer.py to have run, and before it
+    data/download_datasets.py, unless the sources are streamed.
     """
     config = resolve(recipe, overrides, print_config)
     _preprocess(config.data, force)

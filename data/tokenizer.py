@@ -15,7 +15,7 @@ def train_tokenizer(overrides: Overrides = None, recipe: Recipe = None, print_co
 
     data.tokenizer.kind chooses byte-level BPE or SentencePiece, data.tokenizer.vocab_size the number of tokens. A
     tokenizer that is there already stays in use until the new one is finished. Needs data/download_datasets.py to
-    have run.
+    have run, unless the sources are streamed.
     """
     config = resolve(recipe, overrides, print_config)
     from pathlib import Path
