@@ -2,6 +2,7 @@
 
     python benchmarks/web_archives.py
     python benchmarks/web_archives.py --megabytes 100 --rounds 5
+    python benchmarks/web_archives.py --dump enwiki-latest-pages-articles1.xml.bz2
 
 The pages are the documentation of the Python modules on this machine, as `pydoc` renders it, between the head, menu and
 foot of a site, and written as WARC by a WARC library; the same texts are WET, and, with their links, lists and headings
@@ -19,6 +20,7 @@ import statistics
 import sys
 import time
 from html import escape
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,12 +28,13 @@ import typer
 from config.command import run
 
 Megabytes = Annotated[float, typer.Option(help="Size of the HTML, in MB.", min=1)]
+Dump = Annotated[Path | None, typer.Option(help="A real dump, .xml.bz2, to read too.", exists=True, dir_okay=False)]
 Rounds = Annotated[int, typer.Option(help="Rounds over all formats.", min=1)]
 LEFT_OUT = {"antigravity", "idlelib", "lib2to3", "this", "turtle", "turtledemo"}
 PACKAGES = ("numpy", "pyarrow", "polars", "httpx", "pydantic")
 
 
-def benchmark(megabytes: Megabytes = 40, rounds: Rounds = 3) -> None:
+def benchmark(megabytes: Megabytes = 40, rounds: Rounds = 3, dump: Dump = None) -> None:
     """Measure WARC, WET and a dump side by side."""
     from rich.console import Console
     from rich.table import Table
@@ -47,6 +50,9 @@ def benchmark(megabytes: Megabytes = 40, rounds: Rounds = 3) -> None:
         "WET": ("a.warc.wet.gz", _warc(texts, "conversion"), _size(texts)),
         "Wikipedia dump": ("a.xml.bz2", *_dump([_markup(text) for text in texts[: max(1, len(texts) // 4)]])),
     }
+    if dump is not None:
+        content = dump.read_bytes()
+        made[dump.name] = ("a.xml.bz2", content, len(bz2.decompress(content)) / 1e6)
     rates: dict[str, list[float]] = {name: [] for name in made}
     kept: dict[str, float] = {}
     for timed in [False] + [True] * rounds:

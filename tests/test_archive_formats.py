@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data.formats import count_rows, mediawiki, read_rows, warc
+from data.formats import count_rows, mediawiki, read_rows, warc, wikitext
 from data.formats.bzip2 import next_stream
 from data.formats.rows import Fault, Row
 from data.formats.wikitext import wiki_text
@@ -218,10 +220,36 @@ MARKUP = [
 ]
 
 
+NAMESPACES = {"file", "category", "datei", "kategorie"}
+PIECES = [
+    *(f"{markup}\n" for markup, _ in MARKUP),
+    *(f" {markup} " for markup, _ in MARKUP if "\n" not in markup and "=" not in markup[:1]),
+    "{{outer|a={{inner|[[link]]|<ref>x</ref>}}|b={{{parameter|}}}}} ",
+    "<ref>{{cite|title={{lang|fr|x}} [[a|b]]}}</ref>",
+    "[[File:x.jpg|thumb|A [[caption]] with {{template}}<ref name='x'/>]] ",
+    "<math>{{a}_b}^{{c}} [[d]]</math> ",
+    "<nowiki>{{not}} <ref>a</ref> [[one|two]]</nowiki> ",
+    "[[ spaces ]] [[:Category:Shown]] [[a#b|''c'']] [[de:Other]] ",
+    "<!-- {{ [[ <ref> -->",
+    "{{lang|fr|le [[moulin]]{{x}}}} ",
+    "{{{name|default}}} ",
+    "{|\n| [[a]] || {{b}}\n|}\n",
+]
+
+
 class TestWikitext:
     @pytest.mark.parametrize(("markup", "text"), MARKUP, ids=[text[:20] for _, text in MARKUP])
     def test_markup_becomes_text(self, markup: str, text: str) -> None:
-        assert wiki_text(markup, {"file", "category", "datei", "kategorie"}) == text
+        assert wiki_text(markup, NAMESPACES) == text
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.sampled_from(PIECES), max_size=12))
+    def test_what_is_done_before_the_parser_changes_nothing(self, pieces: list[str]) -> None:
+        markup = "".join(pieces)
+        quick = wiki_text(markup, NAMESPACES)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(wikitext, "lighten", lambda markup: markup)
+            assert wiki_text(markup, NAMESPACES) == quick
 
     def test_markup_that_is_never_closed_is_no_error(self) -> None:
         for markup in ("{{open", "[[open", "<ref>open", "{|\n| open", "'''''", "==", "[[" * 200, "{{" * 200):
