@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,12 +15,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from config.schema import DataConfig
+    from data.pipeline.run import Show
 
 Force = Annotated[bool, typer.Option("--force", help="Begin anew, even if the token files are up to date.")]
 
+DryRun = Annotated[
+    int | None,
+    typer.Option(
+        "--dry-run", metavar="N", min=1, help="Try the settings on about N documents; leaves only a page to look at."
+    ),
+]
+
 
 def preprocess(
-    overrides: Overrides = None, recipe: Recipe = None, force: Force = False, print_config: PrintConfig = False
+    overrides: Overrides = None,
+    recipe: Recipe = None,
+    force: Force = False,
+    dry_run: DryRun = None,
+    print_config: PrintConfig = False,
 ) -> None:
     """Make corpus/tokens/ from the sources in data.use: train.bin, val.bin and what describes them.
 
@@ -28,6 +42,10 @@ def preprocess(
     data/download_datasets.py, unless the sources are streamed.
     """
     config = resolve(recipe, overrides, print_config)
+    if dry_run is not None:
+        _dry_run(config.data, dry_run)
+        print(f"Next: {_again(recipe, overrides or [])}")
+        return
     _preprocess(config.data, force)
     print(f"Next: {_next_command(recipe, overrides or [])}")
 
@@ -35,29 +53,53 @@ def preprocess(
 def _preprocess(data: DataConfig, force: bool) -> None:
     from pathlib import Path
 
-    from data.listing import check_names
-    from data.pipeline.report import print_manifest
+    from data.pipeline.report import print_manifest, print_tables
     from data.pipeline.run import preprocess as run_pipeline
+
+    with _shown(data, "Stopped. Type the same command again to continue.") as show:
+        manifest, changed = run_pipeline(data, force=force, show=show)
+    print_tables(manifest)
+    print_manifest(manifest, Path(data.tokens_dir), changed)
+
+
+def _dry_run(data: DataConfig, records: int) -> None:
+    from data.pipeline.report import print_tables
+    from data.pipeline.run import dry_run
+
+    with _shown(data, "Stopped.") as show:
+        manifest, page = dry_run(data, records, show)
+    print_tables(manifest)
+    print(f"Tried on the beginnings of the files; no token files were written. What each rule dropped: {page}")
+
+
+@contextmanager
+def _shown(data: DataConfig, stopped: str) -> Iterator[Show]:
+    """A progress bar for the stages of the pipeline; `stopped` is what Ctrl-C says."""
+    from data.listing import check_names
 
     check_names(data.use, data)
     try:
         with progress() as bars:
             bar = bars.add_task("", total=None)
-            manifest, changed = run_pipeline(
-                data,
-                force=force,
-                show=lambda stage, done, total: bars.update(bar, description=stage, completed=done, total=total),
-            )
+            yield lambda stage, done, total: bars.update(bar, description=stage, completed=done, total=total)
     except KeyboardInterrupt as error:
-        raise UserError("Stopped. Type the same command again to continue.") from error
-    print_manifest(manifest, Path(data.tokens_dir), changed)
+        raise UserError(stopped) from error
 
 
 def _next_command(recipe: Path | None, overrides: list[str]) -> str:
     """The training command with the settings that this one was given."""
+    return _command("scripts/train.py", recipe, overrides)
+
+
+def _again(recipe: Path | None, overrides: list[str]) -> str:
+    """This command with the settings that it was given."""
+    return _command("data/preprocess.py", recipe, overrides)
+
+
+def _command(script: str, recipe: Path | None, overrides: list[str]) -> str:
     import shlex
 
-    return shlex.join(["python", "scripts/train.py", *(["--config", str(recipe)] if recipe else []), *overrides])
+    return shlex.join(["python", script, *(["--config", str(recipe)] if recipe else []), *overrides])
 
 
 def main() -> None:

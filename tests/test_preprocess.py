@@ -451,6 +451,7 @@ def test_manifest_says_what_the_design_asks(finished: Path) -> None:
     assert sorted(path.name for path in (finished / "corpus/tokens").iterdir()) == [
         "manifest.json",
         "quarantine.jsonl",
+        "report.html",
         "report.md",
         "train.bin",
         "train.index",

@@ -6,6 +6,7 @@ Every rule and every change of text is a function from frame to frame, so that o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
@@ -19,15 +20,16 @@ SCHEMA = {"source": pl.UInt16, "id": pl.String, "text": pl.String}
 
 
 def read_batches(
-    data: DataConfig, part: int, parts: int, reject: Callable[[BadRecord], None]
+    data: DataConfig, part: int, parts: int, reject: Callable[[BadRecord], None], most: int | None = None
 ) -> Iterator[pl.DataFrame]:
     """Share `part` of `parts` of all sources in `data.use`, in their order; bad records go to `reject`.
 
-    A batch ends with `batch_documents` documents or 16 MiB of text, whichever comes first.
+    With `most`, only the first so many records of the share of each source. A batch ends with `batch_documents`
+    documents or 16 MiB of text, whichever comes first.
     """
     for number, name in enumerate(data.use):
         records = read_documents(Path(data.raw_dir) / name, data.sources[name], name, part=part, parts=parts)
-        yield from _batches(records, number, data.preprocess.batch_documents, reject)
+        yield from _batches(islice(records, most), number, data.preprocess.batch_documents, reject)
 
 
 def _batches(

@@ -74,8 +74,8 @@ def _tables(manifest: TokensManifest, *before: Rows) -> list[Rows]:
     return tables
 
 
-def print_manifest(manifest: TokensManifest, tokens_dir: Path, changed: bool) -> None:
-    """Print the funnel of the corpus and the splits, and where they lie."""
+def print_tables(manifest: TokensManifest) -> None:
+    """Print the funnel of the corpus and the splits."""
     from rich.console import Console
     from rich.table import Table
 
@@ -91,11 +91,15 @@ def print_manifest(manifest: TokensManifest, tokens_dir: Path, changed: bool) ->
             table.add_row(*row)
         console.print(table)
     print(SPLIT_NOTES[manifest.validation])
+
+
+def print_manifest(manifest: TokensManifest, tokens_dir: Path, changed: bool) -> None:
+    """Print which token files lie where."""
     if not changed:
         print(f"{tokens_dir} is up to date: same sources, settings and tokenizer. --force makes it anew.")
         return
     names = ", ".join(file.name for split in SPLITS for file in manifest.splits[split][:3])
-    print(f"Wrote {tokens_dir}: {names}, their .index files, manifest.json, report.md")
+    print(f"Wrote {tokens_dir}: {names}, their .index files, manifest.json, report.html")
 
 
 def markdown(manifest: TokensManifest) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from data.funnel import Funnel, total
 from data.pipeline.bad_records import first_harmful, merge_quarantine
 from data.pipeline.executor import Executor, Stage, executor_for, run_stage
 from data.pipeline.mixture import plan_passes, source_tokens
+from data.pipeline.page import page
 from data.pipeline.preparation import expected_documents, fingerprint, present, raw_manifests, recorded_settings
 from data.pipeline.progress import stage_shares
 from data.pipeline.report import SPLITS, markdown
@@ -43,6 +45,7 @@ from data.pipeline.stages import (
     TokenizeStage,
     WriteStage,
 )
+from data.pipeline.survey import KEPT_SAMPLES, Survey
 from data.quarantine import check_bad_fraction
 from data.tokenization import load_tokenizer
 from data.tokens import MANIFEST, Split, TokenFile, TokensManifest, token_dtype
@@ -53,6 +56,8 @@ if TYPE_CHECKING:
 RANGE_BYTES = 64 << 20  # of text that a task of the second stage holds in memory
 QUARANTINE = "quarantine.jsonl"
 REPORT = "report.md"
+PAGE = "report.html"
+DRY_RUN_PAGE = "dry-run.html"
 HITS = "contamination.jsonl"
 OUTPUT = "output"
 EVALUATION = "evaluation.npz"
@@ -96,6 +101,30 @@ def preprocess(data: DataConfig, *, force: bool, show: Show) -> tuple[TokensMani
         return manifest, True
 
 
+def dry_run(data: DataConfig, records: int, show: Show) -> tuple[TokensManifest, Path]:
+    """Preprocess about `records` records from the beginnings of the files, and keep nothing of it but its page.
+
+    The manifest that the token files would have, and where the page lies. Raises `UserError` as `preprocess` does.
+    """
+    data = data.model_copy(update={"use": list(dict.fromkeys(data.use)), "executor": "local"})
+    tokens_dir = Path(os.path.abspath(data.tokens_dir))
+    files = min(len(manifest.files) for manifest in raw_manifests(data))
+    tasks = max(1, min(files, data.preprocess.tasks))  # so that each finds a file to read from in every source
+    data = data.model_copy(update={"preprocess": data.preprocess.model_copy(update={"tasks": tasks})})
+    tokenizer = load_tokenizer(Path(data.tokenizer_dir), data.tokenizer.encoder)
+    tokens_dir.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        disk_errors(tokens_dir),
+        tempfile.TemporaryDirectory(prefix=".dry-run-", dir=tokens_dir.parent) as name,
+        executor_for(data) as workers,
+    ):
+        work = _Work(data, tokenizer, records, Path(name), workers, show, sample=records)
+        manifest = work.run("dry run")
+        path = Path(data.tokens_dir).parent / DRY_RUN_PAGE
+        write_text(path, (work.folder / OUTPUT / PAGE).read_text(encoding="utf-8"))
+    return manifest, path
+
+
 @dataclass(frozen=True)
 class _Work:
     """One run: its settings and the folder of its unfinished results."""
@@ -106,6 +135,8 @@ class _Work:
     folder: Path
     workers: Executor
     show: Show
+    sample: int | None = None
+    """Records to read, of all sources together; None for all there are."""
 
     def run(self, identity: str) -> TokensManifest:
         """Do what is left to do of the stages; leaves the complete token folder as `output`."""
@@ -136,8 +167,21 @@ class _Work:
         )
         for split in SPLITS:
             assert manifest.tokens(split) == sum(getattr(source, split).tokens for source in sources.values())
-        self._publish(manifest)
+        self._publish(manifest, self._surveys(ranges))
         return manifest
+
+    def _surveys(self, ranges: int) -> dict[str, Survey]:
+        """What the stages saw of each source."""
+        clean, shards = _reports(self.folder / "clean", self.data.preprocess.tasks), _reports(
+            self.folder / "shards", ranges
+        )
+        surveys = {name: Survey() for name in self.data.use}
+        for seen in [CleanReport.model_validate_json(text).surveys for text in clean] + [
+            ShardReport.model_validate_json(text).surveys for text in shards
+        ]:
+            for survey, more in zip(surveys.values(), seen):
+                survey.add(more)
+        return surveys
 
     def _clean(self) -> tuple[list[Funnel], NDArray[np.uint64]]:
         """The first stage: the funnel of every source, duplicates between tasks still in it; lowest split hashes."""
@@ -147,7 +191,8 @@ class _Work:
             from data.decontamination.evaluation_sets import build_grams
 
             build_grams(settings.decontamination).save(evaluation)
-        self._stage(CleanStage(self.data, folder, evaluation), settings.tasks, self.documents)
+        most = None if self.sample is None else math.ceil(self.sample / len(self.data.use) / settings.tasks)
+        self._stage(CleanStage(self.data, folder, evaluation, most), settings.tasks, self.documents)
         reports = [CleanReport.model_validate_json(text) for text in _reports(folder, settings.tasks)]
         funnels = [total(each) for each in zip(*[report.funnels for report in reports])]
         parts = [folder / f"{part:05d}.jsonl" for part in range(settings.tasks)]
@@ -189,7 +234,9 @@ class _Work:
         """The shards in order; completes the funnels."""
         folder = self.folder / "shards"
         documents, _ = _remaining(funnels)
-        self._stage(TokenizeStage(self.data, self.tokenizer, split, selection, folder), parts, documents)
+        surveyed = KEPT_SAMPLES / total(funnels).read.documents
+        stage = TokenizeStage(self.data, self.tokenizer, split, selection, surveyed, folder)
+        self._stage(stage, parts, documents)
         for text in _reports(folder, parts):
             for funnel, more in zip(funnels, ShardReport.model_validate_json(text).funnels):
                 funnel.add(more)
@@ -216,7 +263,7 @@ class _Work:
         self._stage(WriteStage(plans, self.dtype, self.folder / OUTPUT, folder), len(plans), documents)
         return list(zip(plans, [TokenFile.model_validate_json(text) for text in _reports(folder, len(plans))]))
 
-    def _publish(self, manifest: TokensManifest) -> None:
+    def _publish(self, manifest: TokensManifest, surveys: dict[str, Survey]) -> None:
         """Complete the output folder: nothing in it but what belongs there, and the manifest last."""
         output = self.folder / OUTPUT
         wanted = {name for files in manifest.splits.values() for file in files for name in (file.name, file.index_name)}
@@ -227,6 +274,7 @@ class _Work:
             if (self.folder / name).exists():
                 shutil.copyfile(self.folder / name, output / name)
         write_text(output / REPORT, markdown(manifest))
+        write_text(output / PAGE, page(manifest, surveys))
         write_text(output / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
 
     def _stage(self, stage: Stage, tasks: int, documents: int) -> None:

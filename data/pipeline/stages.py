@@ -37,6 +37,7 @@ from data.pipeline.rules import apply_rules, length_rules
 from data.pipeline.runs import run_writer
 from data.pipeline.shards import FilePlan, assemble, write_shard
 from data.pipeline.split import HeldOut, divide, lowest
+from data.pipeline.survey import Survey, see_dropped, see_kept
 from data.tokenization import load_tokenizer
 from data.tokenization.protocol import Tokenizer
 from data.tokens import TokenFile, token_dtype
@@ -46,9 +47,10 @@ if TYPE_CHECKING:
 
 
 class CleanReport(BaseModel):
-    """What one task of the first stage has to tell: a funnel per source, and the lowest split hashes."""
+    """What one task of the first stage has to tell: a funnel and a survey per source, and the lowest split hashes."""
 
     funnels: list[Funnel]
+    surveys: list[Survey]
     lowest: list[int]
 
 
@@ -57,9 +59,10 @@ class CleanStage(Stage):
 
     name = "clean"
 
-    def __init__(self, data: DataConfig, folder: Path, evaluation: Path | None = None) -> None:
-        """`evaluation` is the table of n-grams that documents may not hold."""
+    def __init__(self, data: DataConfig, folder: Path, evaluation: Path | None = None, most: int | None = None) -> None:
+        """`evaluation` is the table of n-grams that documents may not hold; `most` records are read per source."""
         super().__init__()
+        self.most = most
         self.data = data
         self.folder = folder
         self.evaluation = evaluation
@@ -73,40 +76,42 @@ class CleanStage(Stage):
         settings = self.data.preprocess
         rules = length_rules(settings.filter)
         funnels = [Funnel() for _ in self.data.use]
+        surveys = [Survey() for _ in self.data.use]
         bad: list[BadRecord] = []
         hits: list[Hit] = []
         hashes = np.empty(0, np.uint64)
 
-        def on_duplicates(frame: pl.DataFrame) -> None:
+        def drop(frame: pl.DataFrame) -> None:
             count_dropped(funnels, frame)
+            see_dropped(surveys, frame)
 
-        duplicates = on_duplicates if settings.exact_deduplication else None
+        duplicates = drop if settings.exact_deduplication else None
         with run_writer(self.folder / f"{part:05d}.arrow", duplicates) as runs:
-            for frame in read_batches(self.data, part, parts, bad.append):
+            for frame in read_batches(self.data, part, parts, bad.append, self.most):
                 documents = len(frame)
                 funnel = funnels[frame["source"][0]]
                 funnel.read.add(documents, text_bytes(frame))
                 frame, changed, removed = clean(frame, settings.clean)
                 funnel.cleaned.add(changed, removed)
                 frame, dropped = apply_rules(frame, rules)
-                count_dropped(funnels, dropped)
+                drop(dropped)
                 if settings.language.allowed:
                     other = pl.Series(in_other_language(frame["text"], settings.language))
-                    count_dropped(funnels, frame.filter(other).with_columns(pl.lit(LANGUAGE).alias("rule")))
+                    drop(frame.filter(other).with_columns(pl.lit(LANGUAGE).alias("rule")))
                     frame = frame.filter(~other)
                 if settings.quality.enabled:
                     from data.quality.rules import apply_quality
 
                     frame, dropped, *trimmed = apply_quality(frame, settings.quality)
                     funnel.trim(*trimmed)
-                    count_dropped(funnels, dropped)
+                    drop(dropped)
                 if self.evaluation is not None:
                     from data.decontamination.documents import CUT, decontaminate
                     from data.decontamination.evaluation_sets import grams_at
 
                     result = decontaminate(frame, grams_at(self.evaluation), settings.decontamination)
                     funnel.trim(result.trimmed, result.trimmed_bytes, {CUT: result.passages})
-                    count_dropped(funnels, result.dropped)
+                    drop(result.dropped)
                     hits += result.hits
                     frame = result.kept
                 frame = add_keys(frame, self.data.seed)
@@ -121,7 +126,7 @@ class CleanStage(Stage):
             from data.decontamination.hits import write_hits
 
             write_hits(self.folder / f"{part:05d}.hits", hits)
-        report = CleanReport(funnels=funnels, lowest=hashes.tolist())
+        report = CleanReport(funnels=funnels, surveys=surveys, lowest=hashes.tolist())
         write_text(self.folder / f"{part:05d}.json", report.model_dump_json())
 
 
@@ -153,6 +158,7 @@ class ShardReport(BaseModel):
     """What one task of `TokenizeStage` has to tell: duplicates dropped and documents kept, per source."""
 
     funnels: list[Funnel]
+    surveys: list[Survey]
 
 
 class TokenizeStage(Stage):
@@ -161,9 +167,17 @@ class TokenizeStage(Stage):
     name = "tokenize"
 
     def __init__(
-        self, data: DataConfig, tokenizer: Tokenizer, split: HeldOut, selection: Selection, folder: Path
+        self,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        split: HeldOut,
+        selection: Selection,
+        surveyed: float,
+        folder: Path,
     ) -> None:
+        """`surveyed` is the share of the documents that the survey looks at."""
         super().__init__()
+        self.surveyed = surveyed
         self.data = data
         self.tokenizer_fingerprint = tokenizer.fingerprint
         self.dtype = token_dtype(tokenizer.vocab_size)
@@ -174,9 +188,12 @@ class TokenizeStage(Stage):
     def work(self, part: int, parts: int) -> None:
         tokenizer = _tokenizer(self.data.tokenizer_dir, self.data.tokenizer.encoder, self.tokenizer_fingerprint)
         funnels = [Funnel() for _ in self.data.use]
+        surveys = [Survey() for _ in self.data.use]
         selected = self.selection.read(part, parts)
         frame = selected.kept
         count_dropped(funnels, selected.dropped)
+        see_dropped(surveys, selected.dropped)
+        see_kept(surveys, frame, self.surveyed)
         count_trimmed(funnels, selected, self.data.preprocess.line_deduplication.unit)
         for source, documents, size in count_by(frame, "source"):
             funnels[source].kept = Count(documents=documents, bytes=size)
@@ -185,7 +202,7 @@ class TokenizeStage(Stage):
         shard = self.folder / f"{part:05d}"
         write_shard(shard, "train", train, tokenizer, dtype, batch, advance)
         write_shard(shard, "val", validation, tokenizer, dtype, batch, advance)
-        write_text(self.folder / f"{part:05d}.json", ShardReport(funnels=funnels).model_dump_json())
+        write_text(self.folder / f"{part:05d}.json", ShardReport(funnels=funnels, surveys=surveys).model_dump_json())
 
 
 @lru_cache(maxsize=1)
