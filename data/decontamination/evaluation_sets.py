@@ -7,24 +7,28 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from config.deduplication import DecontaminationConfig, EvaluationSetConfig
 from config.errors import UserError
 from config.sources import FilesSourceConfig
-from data.decontamination.grams import Grams, grams_of, load_grams, make_grams
+from data.decontamination.grams import Grams, find_grams, grams_of, load_grams, make_grams
 from data.formats import read_rows
 from data.formats.rows import Fault
 from data.published.listing import ListedFile
 from data.published.opening import open_published
 from data.sources.paths import input_files
+from data.texts import texts_of
 
 
 def build_grams(config: DecontaminationConfig) -> Grams:
     """The n-grams of all sets; `UserError` where a file or a column is missing, or a set has no text long enough."""
     found = [_grams_of_set(name, entry, config.n_grams) for name, entry in config.sets.items()]
     bits = [np.full(len(hashes), 1 << number, np.int64) for number, hashes in enumerate(found)]
-    return make_grams(np.concatenate(found), np.concatenate(bits), config.n_grams)
+    grams = make_grams(np.concatenate(found), np.concatenate(bits), config.n_grams)
+    find_grams(texts_of(pl.Series("text", ["compiled"])), grams)  # so that workers find it compiled
+    return grams
 
 
 def checksums(config: DecontaminationConfig) -> dict[str, list[str]]:
