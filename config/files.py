@@ -1,14 +1,59 @@
-"""Writing to disk so that a reader, or a crash, never meets half a file."""
+"""Writing so that a reader, or a crash, never meets half a file: on disk, or in an object store such as S3."""
 
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from config.errors import UserError
+
+UNFINISHED = ".unfinished"
+
+
+def location(address: str) -> Path:
+    """Where a setting points: a local path, or for `s3://bucket/corpus` and the like a path of its storage.
+
+    The latter behaves as a `Path` does, but is none: what takes only real files (`mmap`, the functions of `os`) refuses
+    it. Raises `UserError` where the storage needs a package that is missing.
+    """
+    if "://" not in address:
+        return Path(address)
+    from upath import UPath
+
+    try:
+        path = UPath(address, use_listings_cache=False)
+        path.fs  # loads what the protocol needs
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{address} cannot be used: {error}. For s3:// addresses: pip install -e '.[s3]'") from error
+    return cast(Path, path)
+
+
+def local(address: str, setting: str) -> Path:
+    """The local path that `setting` must be here; `UserError` where it is an address of a storage."""
+    if "://" in address:
+        raise UserError(
+            f"{setting} is {address}, but this needs a folder of this machine. Copy from or to the storage, such as "
+            f"with aws s3 sync, and set {setting} to the folder."
+        )
+    return Path(address)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether `path` is one of a storage and not of this machine."""
+    return hasattr(path, "fs")
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove `directory` with all that is in it, if it is there."""
+    remote: Any = directory
+    if not is_remote(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+    elif directory.exists():
+        remote.fs.rm(remote.path, recursive=True)
 
 
 @contextmanager
@@ -42,8 +87,16 @@ def sync_directory(directory: Path) -> None:
 def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success flush it to disk and rename it over `path`.
 
-    On any exception the temporary file is removed and `path` keeps what it had. A full disk raises `UserError`.
+    On any exception the temporary file is removed and `path` keeps what it had. A full disk raises `UserError`. For a
+    storage the file is written here and then put there in one piece.
     """
+    if is_remote(path):
+        remote: Any = path
+        with tempfile.NamedTemporaryFile(mode, encoding=None if "b" in mode else "utf-8") as here, disk_errors(path):
+            yield here
+            here.flush()
+            remote.fs.put_file(here.name, remote.path)
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):
@@ -70,8 +123,12 @@ def replace_directory(new: Path, target: Path) -> None:
     """Put the finished directory `new` in the place of `target`, which keeps its old content until the last moment.
 
     Both must lie on one file system. A crash leaves either the old or the new content under `target`, or, between the
-    two renames, the old one whole under `target.old`, which `recover_directory` restores.
+    two renames, the old one whole under `target.old`, which `recover_directory` restores. A storage cannot rename:
+    there the files are copied one by one, and until that is finished, `target` holds a file named `UNFINISHED`.
     """
+    if is_remote(target):
+        _copy_directory(new, target)
+        return
     old = target.with_name(target.name + ".old")
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -83,8 +140,23 @@ def replace_directory(new: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _copy_directory(new: Any, target: Any) -> None:
+    with atomic_write(target / UNFINISHED):
+        pass
+    names = {path.name for path in new.iterdir()}
+    for path in list(target.iterdir()):
+        if path.name not in {*names, UNFINISHED}:
+            path.unlink()
+    for name in sorted(names):
+        target.fs.copy((new / name).path, (target / name).path)
+    (target / UNFINISHED).unlink()
+    remove_directory(new)
+
+
 def recover_directory(target: Path) -> None:
     """Restore `target` from `target.old` after a crash between the two renames of `replace_directory`."""
+    if is_remote(target):
+        return
     old = target.with_name(target.name + ".old")
     if old.exists() and not target.exists():
         os.replace(old, target)
@@ -94,8 +166,11 @@ def recover_directory(target: Path) -> None:
 def exclusive(path: Path, busy: str) -> Iterator[None]:
     """Hold `path` for this process alone, by a lock file beside it; the lock ends with the process, however that ends.
 
-    Raises `UserError(busy)` where another process holds it. Without `fcntl` (Windows) there is no lock.
+    Raises `UserError(busy)` where another process holds it. Without `fcntl` (Windows), or in a storage, there is none.
     """
+    if is_remote(path):
+        yield
+        return
     lock = path.with_name(f".{path.name}.lock")
     with disk_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)

@@ -96,7 +96,7 @@ def _read(
 def open_raw(folder: Path, manifest: RawManifest, raw: RawFile) -> IO[bytes]:
     """One file of the source in `folder`, open where it is: on disk, or at its publisher's."""
     if not manifest.streamed:
-        return open(folder / raw.path, "rb")
+        return (folder / raw.path).open("rb")
     from data.published.opening import open_published
 
     assert raw.url is not None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from config.errors import UserError
-from config.files import disk_errors, exclusive, recover_directory, replace_directory
+from config.files import disk_errors, exclusive, local, location, recover_directory, replace_directory
 from config.schema import DataConfig
 from config.sources import SourceConfig
 from data.manifest import MANIFEST, QUARANTINE, RawManifest, damaged_files, load_raw_manifest
@@ -43,7 +43,7 @@ def download_source(name: str, data: DataConfig, *, job: Job, force: bool = Fals
     Raises `UserError` for what the user can put right; what was there before stays whole.
     """
     config = data.sources[name]
-    folder = Path(data.raw_dir) / name
+    folder = local(data.raw_dir, "data.raw_dir") / name
     job = replace(job, streaming=data.streams(name), connections_per_host=data.connections_per_host)
     limits = [limit for limit in (job.max_bytes, getattr(config, "max_bytes", None)) if limit is not None]
     job = replace(job, max_bytes=min(limits, default=None))
@@ -87,7 +87,7 @@ def raw_manifest(name: str, data: DataConfig) -> RawManifest:
 
     A source that streams need not have been: its files are listed now.
     """
-    folder = Path(data.raw_dir) / name
+    folder = location(data.raw_dir) / name
     streams = data.streams(name)
     if streams:
         present = _present(folder, verify=False, job=Job())

@@ -141,7 +141,7 @@ def damaged_files(
 def file_sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file in hexadecimal, read in blocks of 1 MiB."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
             if advance is not None:

@@ -51,15 +51,14 @@ def preprocess(
 
 
 def _preprocess(data: DataConfig, force: bool) -> None:
-    from pathlib import Path
-
+    from config.files import location
     from data.pipeline.report import print_manifest, print_tables
     from data.pipeline.run import preprocess as run_pipeline
 
     with _shown(data, "Stopped. Type the same command again to continue.") as show:
         manifest, changed = run_pipeline(data, force=force, show=show)
     print_tables(manifest)
-    print_manifest(manifest, Path(data.tokens_dir), changed)
+    print_manifest(manifest, location(data.tokens_dir), changed)
 
 
 def _dry_run(data: DataConfig, records: int) -> None:

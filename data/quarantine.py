@@ -58,7 +58,7 @@ def read_quarantine(path: Path, source: str) -> Iterator[BadRecord]:
 
     if not path.exists():
         return
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for line in file:
             entry = orjson.loads(line)
             yield BadRecord(source, entry["location"], entry["reason"], entry["excerpt"], entry["count"])

@@ -18,14 +18,13 @@ def train_tokenizer(overrides: Overrides = None, recipe: Recipe = None, print_co
     have run, unless the sources are streamed.
     """
     config = resolve(recipe, overrides, print_config)
-    from pathlib import Path
-
+    from config.files import local
     from data.listing import check_names
     from data.tokenization.build import build, current_fingerprint
     from data.tokenization.report import print_report
 
     check_names(config.data.use, config.data)
-    directory = Path(config.data.tokenizer_dir)
+    directory = local(config.data.tokenizer_dir, "data.tokenizer_dir")
     before = current_fingerprint(directory)
     with progress() as bars:
         reading = bars.add_task("Reading documents", total=None)

@@ -114,7 +114,7 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
 
 def load_tokens_manifest(tokens_dir: Path) -> TokensManifest:
     """Read `manifest.json` of `tokens_dir`; `UserError` where it is missing or not one of ours."""
-    path = Path(tokens_dir) / MANIFEST
+    path = tokens_dir / MANIFEST
     try:
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -123,6 +123,15 @@ def load_tokens_manifest(tokens_dir: Path) -> TokensManifest:
         return TokensManifest.model_validate_json(text)
     except ValidationError as error:
         raise UserError(f"{path} is damaged or of another version. {REDO} --force.") from error
+
+
+def check_sizes(tokens_dir: Path, manifest: TokensManifest) -> None:
+    """`UserError` unless every file of the manifest lies in `tokens_dir`, local or not, with the size that it says."""
+    itemsize = np.dtype(manifest.dtype).itemsize
+    for files in manifest.splits.values():
+        for file in files:
+            _check_size(tokens_dir / file.name, file.tokens * itemsize)
+            _check_size(tokens_dir / file.index_name, file.documents * INDEX_DTYPE.itemsize)
 
 
 def check_tokens(manifest: TokensManifest, tokenizer_fingerprint: str, vocab_size: int) -> None:
@@ -194,16 +203,20 @@ class TokenFiles:
 
 def _map(path: Path, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     """`count` values of `dtype` of the file at `path`, mapped read-only."""
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing. {REDO} --force.") from error
-    if size != count * dtype.itemsize:
-        raise UserError(
-            f"{path} has {size:,} bytes, but the manifest says {count * dtype.itemsize:,}: it is cut short or not the "
-            f"manifest's. {REDO} --force."
-        )
+    _check_size(path, count * dtype.itemsize)
     if count == 0:
         return np.empty(0, dtype)
     with open(path, "rb") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing. {REDO} --force.") from error
+    if size != expected:
+        raise UserError(
+            f"{path} has {size:,} bytes, but the manifest says {expected:,}: it is cut short or not the manifest's. "
+            f"{REDO} --force."
+        )

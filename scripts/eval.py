@@ -11,6 +11,7 @@ import typer
 
 from config.command import Overrides, PrintConfig, Recipe, progress, resolve, run
 from config.errors import UserError
+from config.files import local
 
 if TYPE_CHECKING:
     from config.schema import Config
@@ -121,7 +122,7 @@ def _evaluate(
 def _validation_tokens(config: Config, tokenizer: Tokenizer) -> TokenFiles:
     from data.tokens import TokenFiles, check_tokens
 
-    files = TokenFiles(Path(config.data.tokens_dir), "val")
+    files = TokenFiles(local(config.data.tokens_dir, "data.tokens_dir"), "val")
     check_tokens(files.manifest, tokenizer.fingerprint, tokenizer.vocab_size)
     if len(files) < 2:
         raise UserError(

@@ -55,15 +55,14 @@ def train(
 
 def _evaluator(job: Pretraining) -> Callable[[Transformer, int, int], Evaluation]:
     """The loss on the first `training.eval_tokens` tokens of the validation split, the same ones every time."""
-    from pathlib import Path
-
     from config.errors import UserError
+    from config.files import local
     from data.tokens import TokenFiles
     from evaluation.perplexity import default_batch_size, evaluate_tokens
     from training.precision import Precision
 
     config, length = job.config, job.source.context_length
-    tokens = TokenFiles(Path(config.data.tokens_dir), "val")
+    tokens = TokenFiles(local(config.data.tokens_dir, "data.tokens_dir"), "val")
     if len(tokens) < 2:
         raise UserError(
             f"The validation split in {config.data.tokens_dir} is empty, so nothing can be evaluated. "

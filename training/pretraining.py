@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from config.files import local
 from config.load import with_vocab_size
 from config.schema import Config
 from data.data_loader import TokenWindows
@@ -38,7 +39,7 @@ def open_pretraining(config: Config, checkpoint: Path | None) -> Pretraining:
 
     Raises `UserError` where there are none, or where they do not go with the configuration or the checkpoint.
     """
-    tokens = TokenFiles(Path(config.data.tokens_dir), "train")
+    tokens = TokenFiles(local(config.data.tokens_dir, "data.tokens_dir"), "train")
     state = load_checkpoint(checkpoint) if checkpoint is not None else None
     if checkpoint is not None and state is not None:
         require_same_tokenizer(checkpoint, state, tokens.manifest.tokenizer_fingerprint)

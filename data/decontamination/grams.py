@@ -31,7 +31,7 @@ class Grams(NamedTuple):
 
 def load_grams(path: Path) -> Grams:
     """What `Grams.save` wrote."""
-    with open(path, "rb") as file, np.load(file) as content:
+    with path.open("rb") as file, np.load(file) as content:
         return Grams(int(content["n"]), content["keys"], content["sets"])
 
 

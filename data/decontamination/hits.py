@@ -38,7 +38,7 @@ def merge_hits(parts: Sequence[Path], use: Sequence[str], path: Path) -> dict[st
 
 
 def _read(path: Path) -> Iterator[Entry]:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for line in file:
             source, key, name, ngram = orjson.loads(line)
             yield source, key, name, ngram

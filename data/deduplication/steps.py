@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from config.files import remove_directory
 from data.deduplication.lines import LineStage, RepeatedLineStage, line_cuts
 from data.deduplication.near import BucketStage, ClusterStage, SignatureStage, bucket_cuts
 from data.deduplication.selection import Selection
@@ -34,7 +34,7 @@ def find_near_duplicates(selection: Selection, ranges: int, documents: int, fold
     run(BucketStage(config, ranges, cuts, signed, pairs), config.num_buckets * cuts)
     run(ClusterStage(config.num_buckets, ranges, cuts, signed, pairs, removals), 1)
     for finished in (signed, pairs):
-        shutil.rmtree(finished, ignore_errors=True)
+        remove_directory(finished)
     return replace(selection, near=removals)
 
 
@@ -45,5 +45,5 @@ def find_repeated_lines(selection: Selection, ranges: int, size: int, folder: Pa
     hashed, places = folder / "hashed", folder / "places"
     run(LineStage(selection, config, cuts, hashed), ranges)
     run(RepeatedLineStage(config, ranges, hashed, places), cuts)
-    shutil.rmtree(hashed, ignore_errors=True)
+    remove_directory(hashed)
     return replace(selection, lines=places, line_cuts=cuts)

@@ -38,7 +38,7 @@ def write_rows(path: Path, rows: NDArray[Any]) -> None:
 
 def read_rows(path: Path, dtype: np.dtype[Any], first: int = 0, last: int | None = None) -> NDArray[Any]:
     """Rows `first` ... `last` (the end) of a file that `write_rows` made."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(first * dtype.itemsize)
         return np.frombuffer(file.read(-1 if last is None else (last - first) * dtype.itemsize), dtype)
 
@@ -51,6 +51,6 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
 
 def read_array(path: Path) -> NDArray[Any]:
     """What `write_array` wrote."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         array: NDArray[Any] = np.load(file)
     return array

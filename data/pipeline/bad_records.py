@@ -39,7 +39,7 @@ def merge_quarantine(parts: Sequence[Path], path: Path) -> None:
     """Merge the sorted files of all tasks into one, record by record; no file where nothing was bad."""
 
     def read(part: Path) -> Iterator[tuple[int, str, str, bytes]]:
-        with open(part, "rb") as file:
+        with part.open("rb") as file:
             for line in file:
                 entry = orjson.loads(line)
                 yield entry.pop("order"), entry["location"], entry["reason"], orjson.dumps(entry) + b"\n"
@@ -56,7 +56,7 @@ def first_harmful(path: Path, source: str, count: int) -> list[BadRecord]:
     """The first `count` records of `source` in the merged file that make a source bad."""
     if not path.exists():
         return []
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         records = (BadRecord(**orjson.loads(line)) for line in file)
         wanted = (record for record in records if record.source == source and record.reason not in HARMLESS)
         return list(islice(wanted, count))

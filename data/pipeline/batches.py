@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 
 import polars as pl
 
+from config.files import location
 from config.schema import DataConfig
 from data.documents import BadRecord, Document, read_documents
 from data.funnel import Funnel
@@ -28,7 +28,7 @@ def read_batches(
     documents or 16 MiB of text, whichever comes first.
     """
     for number, name in enumerate(data.use):
-        records = read_documents(Path(data.raw_dir) / name, data.sources[name], name, part=part, parts=parts)
+        records = read_documents(location(data.raw_dir) / name, data.sources[name], name, part=part, parts=parts)
         yield from _batches(islice(records, most), number, data.preprocess.batch_documents, reject)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
+from config.files import location
 from config.schema import DataConfig
 from config.sources import FilesSourceConfig
 from data.documents import Document, read_documents
@@ -60,7 +61,7 @@ def _sample(data: DataConfig, folder: Path, size: int) -> DataConfig:
         raw.mkdir(parents=True)
         left = size / len(data.use)
         with DocumentWriter(raw, name) as writer:
-            for record in read_documents(Path(data.raw_dir) / name, data.sources[name], name):
+            for record in read_documents(location(data.raw_dir) / name, data.sources[name], name):
                 if isinstance(record, Document):
                     writer.add(record.id, record.text, {})
                     left -= len(record.text.encode("utf-8", "surrogatepass"))

@@ -28,6 +28,7 @@ from datatrove.utils.stats import PipelineStats
 from loguru import logger
 
 from config.errors import UserError
+from config.files import is_remote
 from config.schema import DataConfig
 
 ATTEMPTS = 3  # one after the other in which no task gets done
@@ -120,6 +121,12 @@ def documents_of(stats: PipelineStats) -> int:
     return sum(int(step.stats[DOCUMENTS].total) for step in stats.stats)
 
 
+def log_folder(folder: Path) -> Any:
+    """`folder` as datatrove takes it, with a storage's own settings."""
+    remote: Any = folder
+    return (remote.path, remote.fs) if is_remote(folder) else str(folder)
+
+
 def use_one_thread() -> None:
     """Keep libraries from starting threads: the workers are the parallelism. Of use before they are first called."""
     for variable in THREADS:
@@ -192,7 +199,7 @@ class Workers:
 
     def tasks(self, stage: Stage, count: int, folder: Path) -> Tasks:
         """The tasks of `stage`."""
-        return Tasks([stage], tasks=count, workers=self.count, logging_dir=str(folder))
+        return Tasks([stage], tasks=count, workers=self.count, logging_dir=log_folder(folder))
 
     def map(self, tasks: Tasks, ranks: Sequence[int], on_progress: Callable[[int], None]) -> None:
         """Do the tasks `ranks`; `WorkersKilled` if a worker was killed over one."""

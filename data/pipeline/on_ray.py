@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from config.errors import UserError
-from data.pipeline.executor import Stage, Tasks, WorkersKilled, use_one_thread
+from data.pipeline.executor import Stage, Tasks, WorkersKilled, log_folder, use_one_thread
 
 POLL_SECONDS = 0.5
 
@@ -63,7 +63,7 @@ class RayCluster:
 
     def tasks(self, stage: Stage, count: int, folder: Path) -> Tasks:
         """The tasks of `stage`."""
-        return Tasks([stage], tasks=count, logging_dir=str(folder))
+        return Tasks([stage], tasks=count, logging_dir=log_folder(folder))
 
     def map(self, tasks: Tasks, ranks: Sequence[int], on_progress: Callable[[int], None]) -> None:
         """Do the tasks `ranks`; `WorkersKilled` if some were lost with their process or node."""

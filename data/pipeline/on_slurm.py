@@ -26,7 +26,7 @@ from datatrove.utils.stats import MetricStats, PipelineStats
 
 from config.errors import UserError
 from config.schema import SlurmConfig
-from data.pipeline.executor import DOCUMENTS, THREADS, Stage, WorkersKilled
+from data.pipeline.executor import DOCUMENTS, THREADS, Stage, WorkersKilled, log_folder
 
 JOBS = 100
 FAILURES = "failures"
@@ -134,7 +134,7 @@ class SlurmCluster:
             qos=None,
             env_command="; ".join(lines),
             sbatch_args={"mem-per-cpu": f"{math.ceil(config.memory_gb * 1024 / config.cpus)}M", **config.options},
-            logging_dir=str(folder),
+            logging_dir=log_folder(folder),
         )
 
     def map(self, tasks: SlurmTasks, ranks: Sequence[int], on_progress: Callable[[int], None]) -> None:

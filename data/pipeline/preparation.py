@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from config.deduplication import DecontaminationConfig
 from config.errors import UserError
+from config.files import UNFINISHED, location
 from config.schema import DataConfig
 from data.download import raw_manifest
 from data.manifest import LEAVES_NO_TRACE, QUARANTINE, RawFile, RawManifest, file_sha256
-from data.tokens import MANIFEST, TokenFiles, TokensManifest
+from data.tokens import MANIFEST, TokensManifest, check_sizes, load_tokens_manifest
 
 if TYPE_CHECKING:
     from data.tokenization.protocol import Tokenizer
@@ -47,7 +48,7 @@ def fingerprint(data: DataConfig, raw: Sequence[RawManifest], tokenizer: Tokeniz
     inputs = [
         {
             "files": [_state(file) for file in manifest.files],
-            "quarantine": _checksum(Path(data.raw_dir) / name / QUARANTINE),
+            "quarantine": _checksum(location(data.raw_dir) / name / QUARANTINE),
         }
         for name, manifest in zip(data.use, raw)
     ]
@@ -76,6 +77,8 @@ def present(tokens_dir: Path, expected: str) -> TokensManifest | None:
 
     Raises `UserError` where the folder holds something else altogether, which must not be replaced.
     """
+    if (tokens_dir / UNFINISHED).exists():
+        return None
     if not (tokens_dir / MANIFEST).exists():
         if tokens_dir.is_dir() and any(tokens_dir.iterdir()) or tokens_dir.is_file():
             raise UserError(
@@ -84,8 +87,8 @@ def present(tokens_dir: Path, expected: str) -> TokensManifest | None:
             )
         return None
     try:
-        manifest = TokenFiles(tokens_dir, "train").manifest
-        TokenFiles(tokens_dir, "val")
+        manifest = load_tokens_manifest(tokens_dir)
+        check_sizes(tokens_dir, manifest)
     except UserError:
         return None
     return manifest if manifest.fingerprint == expected else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -21,7 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config.errors import UserError
-from config.files import disk_errors, exclusive, recover_directory, replace_directory, write_text
+from config.files import (
+    atomic_write,
+    disk_errors,
+    exclusive,
+    is_remote,
+    location,
+    recover_directory,
+    remove_directory,
+    replace_directory,
+    write_text,
+)
 from config.schema import DataConfig
 from data.deduplication.near import near_ranges
 from data.deduplication.selection import Selection
@@ -75,29 +84,29 @@ def preprocess(data: DataConfig, *, force: bool, show: Show) -> tuple[TokensMani
     Raises `UserError` for what the user can put right; then the old token files are as they were.
     """
     data = data.model_copy(update={"use": list(dict.fromkeys(data.use))})
-    tokens_dir = Path(os.path.abspath(data.tokens_dir))
+    tokens_dir = location(data.tokens_dir).absolute()
     partial = tokens_dir.with_name(f".{tokens_dir.name}.partial")
     with exclusive(tokens_dir, f"Another process is writing {tokens_dir} now. Wait until it is done."):
         recover_directory(tokens_dir)
         raw = raw_manifests(data)
-        tokenizer = load_tokenizer(Path(data.tokenizer_dir), data.tokenizer.encoder)
+        tokenizer = load_tokenizer(location(data.tokenizer_dir), data.tokenizer.encoder)
         identity = fingerprint(data, raw, tokenizer)
         manifest = present(tokens_dir, identity)
         if manifest is not None and not force:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_directory(partial)
             return manifest, False
         key = hashlib.sha256(f"{identity} {data.preprocess.tasks}".encode()).hexdigest()[:16]
         for other in partial.iterdir() if partial.is_dir() else ():
             if force or other.name != key:
-                shutil.rmtree(other)
+                remove_directory(other)
         documents = expected_documents(raw)
         with executor_for(data) as workers, disk_errors(partial / key):
             work = _Work(data, tokenizer, documents, partial / key, workers, show)
             if not (work.folder / OUTPUT).exists():
-                shutil.rmtree(work.folder / "log" / WriteStage.name, ignore_errors=True)
+                remove_directory(work.folder / "log" / WriteStage.name)
             manifest = work.run(identity)
             replace_directory(work.folder / OUTPUT, tokens_dir)
-        shutil.rmtree(partial)
+        remove_directory(partial)
         return manifest, True
 
 
@@ -107,20 +116,22 @@ def dry_run(data: DataConfig, records: int, show: Show) -> tuple[TokensManifest,
     The manifest that the token files would have, and where the page lies. Raises `UserError` as `preprocess` does.
     """
     data = data.model_copy(update={"use": list(dict.fromkeys(data.use)), "executor": "local"})
-    tokens_dir = Path(os.path.abspath(data.tokens_dir))
+    tokens_dir = location(data.tokens_dir).absolute()
+    scratch = None if is_remote(tokens_dir) else tokens_dir.parent
     files = min(len(manifest.files) for manifest in raw_manifests(data))
     tasks = max(1, min(files, data.preprocess.tasks))  # so that each finds a file to read from in every source
     data = data.model_copy(update={"preprocess": data.preprocess.model_copy(update={"tasks": tasks})})
-    tokenizer = load_tokenizer(Path(data.tokenizer_dir), data.tokenizer.encoder)
-    tokens_dir.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(location(data.tokenizer_dir), data.tokenizer.encoder)
+    if scratch is not None:
+        scratch.mkdir(parents=True, exist_ok=True)
     with (
         disk_errors(tokens_dir),
-        tempfile.TemporaryDirectory(prefix=".dry-run-", dir=tokens_dir.parent) as name,
+        tempfile.TemporaryDirectory(prefix=".dry-run-", dir=scratch) as name,
         executor_for(data) as workers,
     ):
         work = _Work(data, tokenizer, records, Path(name), workers, show, sample=records)
         manifest = work.run("dry run")
-        path = Path(data.tokens_dir).parent / DRY_RUN_PAGE
+        path = location(data.tokens_dir).parent / DRY_RUN_PAGE
         write_text(path, (work.folder / OUTPUT / PAGE).read_text(encoding="utf-8"))
     return manifest, path
 
@@ -272,7 +283,8 @@ class _Work:
                 path.unlink()
         for name in (QUARANTINE, HITS):
             if (self.folder / name).exists():
-                shutil.copyfile(self.folder / name, output / name)
+                with (self.folder / name).open("rb") as source, atomic_write(output / name) as target:
+                    shutil.copyfileobj(source, target)
         write_text(output / REPORT, markdown(manifest))
         write_text(output / PAGE, page(manifest, surveys))
         write_text(output / MANIFEST, manifest.model_dump_json(indent=2) + "\n")

@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from config.files import atomic_write
+from config.files import atomic_write, is_remote
 from data.pipeline.batches import SCHEMA, text_bytes
 from data.pipeline.keys import drop_duplicates, in_order
 
@@ -88,14 +88,22 @@ def read_range(paths: list[Path], first: int, last: int) -> pl.DataFrame:
     frames = [RUN_SCHEMA.to_frame()]
     within = pl.col("high").is_between(pl.lit(first, pl.UInt64), pl.lit(last, pl.UInt64))
     for path in paths:
-        edges = np.load(edges_path(path))
+        with edges_path(path).open("rb") as file:
+            edges = np.load(file)
         wanted = np.flatnonzero((edges[:, 0] <= np.uint64(last)) & (edges[:, 1] >= np.uint64(first)))
-        with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
+        with _open(path) as source, pa.ipc.open_file(source) as reader:
             for block in wanted:
                 frame = pl.from_arrow(reader.get_batch(int(block)))
                 assert isinstance(frame, pl.DataFrame)
                 frames.append(frame.filter(within))
     return in_order(pl.concat(frames))
+
+
+def _open(path: Path) -> Any:
+    """An Arrow source that reads only the bytes asked for."""
+    if is_remote(path):
+        return pa.PythonFile(path.open("rb", cache_type="none"))  # type: ignore[call-overload]
+    return pa.memory_map(str(path))
 
 
 def edges_path(path: Path) -> Path:

@@ -68,7 +68,8 @@ def write_shard(
 
 def read_table(shard: Path, split: Split) -> NDArray[Any]:
     """What a shard says of the documents of a split, `TABLE`, shape (documents,)."""
-    table: NDArray[Any] = np.load(shard / f"{split}.npy")
+    with (shard / f"{split}.npy").open("rb") as file:
+        table: NDArray[Any] = np.load(file)
     return table
 
 
@@ -166,7 +167,7 @@ def assemble(plan: FilePlan, folder: Path, itemsize: int, advance: Callable[[int
             table = read_table(piece.shard, plan.split)
             documents = chosen(table, plan.passes, piece.number)[piece.first : piece.last]
             ends = np.cumsum(table["tokens"], dtype=np.int64)
-            with open(piece.shard / f"{plan.split}.bin", "rb") as tokens:
+            with (piece.shard / f"{plan.split}.bin").open("rb") as tokens:
                 for run in np.split(documents, np.flatnonzero(np.diff(documents) > 1) + 1):
                     start = int(ends[run[0]]) - int(table["tokens"][run[0]])
                     count = int(ends[run[-1]]) - start

@@ -21,7 +21,7 @@ import polars as pl
 from pydantic import BaseModel
 
 from config.errors import UserError
-from config.files import write_text
+from config.files import location, write_text
 from config.schema import DataConfig
 from data.deduplication.selection import Selection, count_trimmed
 from data.documents import BadRecord
@@ -208,7 +208,7 @@ class TokenizeStage(Stage):
 @lru_cache(maxsize=1)
 def _tokenizer(directory: str, encoder: str, fingerprint: str) -> Tokenizer:
     """The tokenizer, once per process, since its check against the reference library takes a moment."""
-    tokenizer = load_tokenizer(Path(directory), encoder)
+    tokenizer = load_tokenizer(location(directory), encoder)
     if tokenizer.fingerprint != fingerprint:
         raise UserError(f"The tokenizer in {directory} was changed during preprocessing. Type the same command again.")
     return tokenizer

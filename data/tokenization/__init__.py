@@ -21,7 +21,7 @@ def load_tokenizer(directory: Path, encoder: str | None = None) -> Tokenizer:
     """
     from data.tokenization.subword import SubwordTokenizer
 
-    return SubwordTokenizer.load(Path(directory), encoder)
+    return SubwordTokenizer.load(directory, encoder)
 
 
 def train_tokenizer(texts: Iterator[str], config: TokenizerConfig, settings: dict[str, Any] | None = None) -> Tokenizer:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from config.files import location
 from data.documents import Document, read_documents
 from data.download import raw_manifest
 from data.formats import SPLITTABLE
@@ -70,7 +71,7 @@ def training_texts(corpus: Corpus, data: DataConfig, advance: Callable[[Corpus],
         share = data.tokenizer.max_training_bytes // len(data.use)
         parts = _parts(corpus.manifests[name], share)
         for part in range(parts):
-            folder = Path(data.raw_dir) / name
+            folder = location(data.raw_dir) / name
             for document in read_documents(folder, data.sources[name], name, part=part, parts=parts):
                 if not isinstance(document, Document):
                     corpus.unreadable += document.count

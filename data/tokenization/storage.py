@@ -40,7 +40,7 @@ class TokenizerManifest(BaseModel):
 
 def read_manifest(directory: Path) -> TokenizerManifest:
     """The manifest of the tokenizer in `directory`; `UserError` where there is none or it is not readable."""
-    recover_directory(Path(os.path.abspath(directory)))
+    recover_directory(directory.absolute())
     path = directory / MANIFEST
     if not path.is_file():
         raise UserError(f"There is no tokenizer in {directory}. Run {TRAIN_COMMAND}.")
