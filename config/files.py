@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -98,7 +99,8 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
             remote.fs.put_file(here.name, remote.path)
         return
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # On a disk that several machines share, their processes may have the same number.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
