@@ -318,6 +318,18 @@ class TestFiles:
         numbers = [int(text.split()[1][:-1]) for text in texts_of(finished, "train") if text.startswith("Note ")]
         assert abs(np.corrcoef(np.arange(len(numbers)), numbers)[0, 1]) < 0.2
 
+    def test_neighbours_come_from_different_input_files(self, prepared: Path, tmp_path: Path) -> None:
+        texts = sentences(200)
+        for number in range(4):
+            lines = [json.dumps({"text": text}) for text in texts[number * 50 : number * 50 + 50]]
+            (tmp_path / f"notes-{number}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        several = "data.sources.notes={kind: files, paths: [notes-*.jsonl]}"
+        assert command(tmp_path, "data/download_datasets.py", "notes", *SETTINGS, several).returncode == 0
+        shutil.copytree(prepared / "corpus/tokenizer", tmp_path / "corpus/tokenizer")
+        preprocess(tmp_path, several)
+        files = np.array([int(text.split()[1][:-1]) // 50 for text in texts_of(tmp_path, "train")])
+        assert 0.6 < (files[1:] != files[:-1]).mean() < 0.9, "three in four, if files played no part"
+
     def test_large_data_is_several_files_with_the_same_tokens(self, finished: Path, copy: Path) -> None:
         preprocess(copy, "data.preprocess.max_file_tokens=20000")
         files = TokenFiles(copy / "corpus/tokens", "train")
