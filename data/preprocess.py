@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from config.schema import DataConfig
-    from data.pipeline.run import Show
+    from data.pipeline.work import Show
 
 Force = Annotated[bool, typer.Option("--force", help="Begin anew, even if the token files are up to date.")]
 

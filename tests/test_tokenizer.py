@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -273,8 +274,14 @@ class TestEncoders:
         train_tokenizer(iter(corpus()), tokenizer_config(pattern=pattern)).save(tmp_path / "t")
         fast, reference = (load_tokenizer(tmp_path / "t", name) for name in ("fastokens", "tokenizers"))
 
+        generator = random.Random(pattern)
+        words = [*"\n".join(LANGUAGES).split(), *TRICKY, *SPECIAL, *" \t\n.,'0123"]
+        fuzzed = ["".join(generator.choices(words, k=generator.randint(0, 9))) for _ in range(4000)]
+        assert len(LANGUAGES) > 20
+
         @given(texts=st.lists(st.text(), max_size=5))
         @example(texts=["".join(SPECIAL), "ab" * 100_000])
+        @example(texts=[*probe_texts(), *fuzzed])
         @settings(max_examples=300, deadline=None)
         def check(texts: list[str]) -> None:
             assert lists(fast.encode_batch(texts)) == lists(reference.encode_batch(texts))

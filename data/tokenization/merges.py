@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.compiled import kernel
-from data.tokenization.words import Words, doubled
+from data.tokenization.words import Words
 
 MIN_FREQUENCY = 2
-START = 1 << 12  # pairs and made pairs that there is room for at first
+BYTE_PAIRS = 1 << 16
 
 
 class Symbols(NamedTuple):
@@ -65,7 +65,8 @@ def learn_merges(
     """
     starts = np.concatenate([np.zeros(1, np.int64), words.ends[:-1]])
     symbols = Symbols(byte_ids[words.data], starts, words.ends - starts, words.counts)
-    pairs, met, made, number = count_pairs(symbols, *_room())
+    pairs, made = _room(len(symbols.ids))
+    met, number = count_pairs(symbols, pairs, made)
     queue = _Queue()
     known = {token: index for index, token in enumerate(tokens)}
     merges = []
@@ -81,7 +82,12 @@ def learn_merges(
         index = known.setdefault(token, len(tokens))
         if index == len(tokens):
             tokens.append(token)
-        pairs, met, made, number = merge(symbols, occurrences, left, right, index, pairs, met, made)
+        # Every pair that is new has the new token on one side, and a word has no more pairs than ids.
+        if met + 2 * len(tokens) > len(pairs.keys):
+            pairs = _larger(pairs, met, 2 * len(tokens))
+        if (most := int(symbols.lengths[occurrences].sum())) > len(made.pairs):
+            made = Made(np.empty(2 * most, np.int32), np.empty(2 * most, np.int32))
+        met, number = merge(symbols, occurrences, left, right, index, pairs, met, made)
         queue.enter(pairs, made, number)
     return merges
 
@@ -130,22 +136,33 @@ class _Queue:
         heapq.heappush(self._heap, (-count, key, self._entered, pair, occurrences))
 
 
-def _room() -> tuple[Pairs, int, Made]:
-    slots = np.full(4 * START, -1, np.int32)
-    columns = [np.empty(START, np.int64) for _ in range(4)]
-    return Pairs(slots, *columns), 0, Made(np.empty(START, np.int32), np.empty(START, np.int32))
+def _room(made: int) -> tuple[Pairs, Made]:
+    """No pairs, with room for all pairs of bytes, and for `made` entries."""
+    slots = np.full(4 * BYTE_PAIRS, -1, np.int32)
+    columns = [np.empty(BYTE_PAIRS, np.int64) for _ in range(4)]
+    return Pairs(slots, *columns), Made(np.empty(made, np.int32), np.empty(made, np.int32))
+
+
+def _larger(pairs: Pairs, met: int, more: int) -> Pairs:
+    """The same pairs, with room for twice as many and `more`."""
+    room = 1 << (2 * met + more).bit_length()
+    columns = [np.empty(room, np.int64) for _ in range(4)]
+    for column, values in zip(columns, pairs[1:]):
+        column[:met] = values[:met]
+    larger = Pairs(np.full(4 * room, -1, np.int32), *columns)
+    fill_slots(larger, met)
+    return larger
 
 
 @kernel
-def count_pairs(symbols: Symbols, pairs: Pairs, met: int, made: Made) -> tuple[Pairs, int, Made, int]:
-    """Enter the pairs of all words as if they had just been made."""
-    number = 0
+def count_pairs(symbols: Symbols, pairs: Pairs, made: Made) -> tuple[int, int]:
+    """Enter the pairs of all words as if they had just been made; how many pairs there are, and entries in `made`."""
+    met = number = 0
     for word in range(len(symbols.counts)):
-        start, length, count = symbols.starts[word], symbols.lengths[word], symbols.counts[word]
-        pairs, made = _with_room(pairs, met, made, number, length)
-        for at in range(start, start + length - 1):
+        start, count = symbols.starts[word], symbols.counts[word]
+        for at in range(start, start + symbols.lengths[word] - 1):
             met, number = _change(symbols.ids[at], symbols.ids[at + 1], count, word, pairs, met, made, number)
-    return pairs, met, made, number
+    return met, number
 
 
 @kernel
@@ -158,14 +175,13 @@ def merge(
     pairs: Pairs,
     met: int,
     made: Made,
-) -> tuple[Pairs, int, Made, int]:
-    """Put `both` for `left`, `right` in the words `occurrences`; the pairs and, in `made`, how many were made."""
+) -> tuple[int, int]:
+    """Put `both` for `left`, `right` in the words `occurrences`; how many pairs are met now, and entries in `made`."""
     number = 0
     ids = symbols.ids
     for word in occurrences:
         start, count = symbols.starts[word], symbols.counts[word]
         end = start + symbols.lengths[word]
-        pairs, made = _with_room(pairs, met, made, number, 2 * (end - start))
         at = start
         while at < end - 1:
             if ids[at] == left and ids[at + 1] == right:
@@ -181,17 +197,7 @@ def merge(
                     met, number = _change(both, ids[at + 1], count, word, pairs, met, made, number)
             at += 1
         symbols.lengths[word] = end - start
-    return pairs, met, made, number
-
-
-@kernel
-def _with_room(pairs: Pairs, met: int, made: Made, number: int, more: int) -> tuple[Pairs, Made]:
-    """Both, with room for so many pairs more."""
-    while met + more > len(pairs.keys):
-        pairs = _larger(pairs, met)
-    while number + more > len(made.pairs):
-        made = Made(doubled(made.pairs), doubled(made.words))
-    return pairs, made
+    return met, number
 
 
 @kernel
@@ -233,12 +239,10 @@ def _slot(key: int, slots: NDArray[np.int32], keys: NDArray[np.int64]) -> int:
 
 
 @kernel
-def _larger(pairs: Pairs, met: int) -> Pairs:
-    """The same pairs, with room for twice as many."""
-    slots = np.full(2 * len(pairs.slots), -1, np.int32)
+def fill_slots(pairs: Pairs, met: int) -> None:
+    """Enter the first `met` pairs into an empty hash table."""
     for pair in range(met):
-        slots[_slot(pairs.keys[pair], slots, pairs.keys)] = pair
-    return Pairs(slots, doubled(pairs.keys), doubled(pairs.counts), doubled(pairs.sizes), doubled(pairs.last))
+        pairs.slots[_slot(pairs.keys[pair], pairs.slots, pairs.keys)] = pair
 
 
 @kernel

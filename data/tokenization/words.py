@@ -52,10 +52,10 @@ def count_words(texts: Iterable[str], pattern: str) -> Words:
         while at < len(data):
             at, words = _count(data, at, classes, llama, slots, hashes, ends, counts, arena, words)
             if words == len(counts):
-                hashes, ends, counts = doubled(hashes), doubled(ends), doubled(counts)
+                hashes, ends, counts = _doubled(hashes), _doubled(ends), _doubled(counts)
                 slots = _slots(hashes[:words], 4 * len(hashes))
             if words and len(arena) - ends[words - 1] < LONGEST_BYTES:
-                arena = doubled(arena)
+                arena = _doubled(arena)
     size = int(ends[words - 1]) if words else 0
     return Words(arena[:size], ends[:words], counts[:words])
 
@@ -87,19 +87,16 @@ def character_classes() -> NDArray[np.uint8]:
     return classes
 
 
+def _doubled(values: NDArray[Number]) -> NDArray[Number]:
+    """The same values, with room for as many more."""
+    return np.concatenate([values, np.empty_like(values)])
+
+
 def _slots(hashes: NDArray[np.uint64], size: int) -> NDArray[np.int32]:
     """A hash table of `size` slots, a power of two, that holds the numbers of all words."""
     slots = np.full(size, -1, np.int32)
     _fill(slots, hashes)
     return slots
-
-
-@kernel
-def doubled(values: NDArray[Number]) -> NDArray[Number]:
-    """The same values, with room for as many more."""
-    larger = np.empty(2 * len(values), values.dtype)
-    larger[: len(values)] = values
-    return larger
 
 
 @kernel

@@ -1,0 +1,267 @@
+"""One run of preprocessing in its folder: the stages one after the other, and the finished token folder as `output`."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from config.errors import UserError
+from config.files import atomic_write, write_text
+from config.schema import DataConfig
+from data.deduplication.near import near_ranges
+from data.deduplication.selection import Selection
+from data.deduplication.steps import find_near_duplicates, find_repeated_lines
+from data.funnel import Funnel, total
+from data.pipeline.bad_records import first_harmful, merge_quarantine
+from data.pipeline.executor import Executor, Stage, run_stage
+from data.pipeline.mixture import plan_passes, source_tokens
+from data.pipeline.page import page
+from data.pipeline.preparation import recorded_settings
+from data.pipeline.progress import stage_shares
+from data.pipeline.report import SPLITS, markdown
+from data.pipeline.shards import FilePlan, Passes, plan_files
+from data.pipeline.split import HeldOut, choose_split
+from data.pipeline.stages import (
+    CleanReport,
+    CleanStage,
+    ShardReport,
+    SurvivorReport,
+    SurvivorStage,
+    TokenizeStage,
+    WriteStage,
+)
+from data.pipeline.survey import KEPT_SAMPLES, Survey
+from data.quarantine import check_bad_fraction
+from data.tokens import MANIFEST, Split, TokenFile, TokensManifest, token_dtype
+
+if TYPE_CHECKING:
+    from data.tokenization.protocol import Tokenizer
+
+RANGE_BYTES = 64 << 20  # of text that a task of the second stage holds in memory
+QUARANTINE = "quarantine.jsonl"
+REPORT = "report.md"
+PAGE = "report.html"
+HITS = "contamination.jsonl"
+OUTPUT = "output"
+EVALUATION = "evaluation.npz"
+
+Show = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run: its settings and the folder of its unfinished results."""
+
+    data: DataConfig
+    tokenizer: Tokenizer
+    documents: int
+    folder: Path
+    workers: Executor
+    show: Show
+    sample: int | None = None
+    """Records to read, of all sources together; None for all there are."""
+
+    def run(self, identity: str) -> TokensManifest:
+        """Do what is left to do of the stages; leaves the complete token folder as `output`."""
+        funnels, hashes = self._clean()
+        ranges = self._ranges(funnels)
+        selection, hashes = self._deduplicate(funnels, hashes, ranges)
+        held_out = choose_split(hashes, self.data.preprocess.validation_fraction)
+        shards = self._tokenize(funnels, held_out, selection, ranges)
+        mixed = plan_passes(self.data.preprocess.mixture, self.data.use, shards)
+        passes: dict[Split, Passes] = {"train": mixed, "val": Passes.once(len(funnels))}
+        sources = dict(zip(self.data.use, source_tokens(shards, mixed)))
+        for funnel, source in zip(funnels, sources.values()):
+            assert funnel.kept.bytes == source.available.bytes + source.val.bytes, (funnel, source)
+        files = self._write(shards, passes)
+        manifest = TokensManifest(
+            fingerprint=identity,
+            dtype=self.dtype,
+            splits={name: tuple(file for plan, file in files if plan.split == name) for name in SPLITS},
+            tokenizer_fingerprint=self.tokenizer.fingerprint,
+            vocab_size=self.tokenizer.vocab_size,
+            end_of_text_id=self.tokenizer.end_of_text_id,
+            seed=self.data.seed,
+            validation="tails" if held_out.threshold is None else "documents",
+            config=recorded_settings(self.data),
+            funnel=dict(zip(self.data.use, funnels)),
+            sources=sources,
+            contaminated=self._merge_hits(),
+        )
+        for split in SPLITS:
+            assert manifest.tokens(split) == sum(getattr(source, split).tokens for source in sources.values())
+        self._publish(manifest, self._surveys(ranges))
+        return manifest
+
+    def _surveys(self, ranges: int) -> dict[str, Survey]:
+        """What the stages saw of each source."""
+        clean, shards = _reports(self.folder / "clean", self.data.preprocess.tasks), _reports(
+            self.folder / "shards", ranges
+        )
+        surveys = {name: Survey() for name in self.data.use}
+        for seen in [CleanReport.model_validate_json(text).surveys for text in clean] + [
+            ShardReport.model_validate_json(text).surveys for text in shards
+        ]:
+            for survey, more in zip(surveys.values(), seen):
+                survey.add(more)
+        return surveys
+
+    def _clean(self) -> tuple[list[Funnel], NDArray[np.uint64]]:
+        """The first stage: the funnel of every source, duplicates between tasks still in it; lowest split hashes."""
+        settings, folder = self.data.preprocess, self.folder / "clean"
+        evaluation = self.folder / EVALUATION if settings.decontamination.sets else None
+        if evaluation is not None and not evaluation.exists():
+            from data.decontamination.evaluation_sets import build_grams
+
+            build_grams(settings.decontamination).save(evaluation)
+        most = None if self.sample is None else math.ceil(self.sample / len(self.data.use) / settings.tasks)
+        self._stage(CleanStage(self.data, folder, evaluation, most), settings.tasks, self.documents)
+        reports = [CleanReport.model_validate_json(text) for text in _reports(folder, settings.tasks)]
+        funnels = [total(each) for each in zip(*[report.funnels for report in reports])]
+        parts = [folder / f"{part:05d}.jsonl" for part in range(settings.tasks)]
+        merge_quarantine(parts, self.folder / QUARANTINE)
+        self._check_readable(funnels)
+        _check_something_left(funnels)
+        return funnels, np.array([value for report in reports for value in report.lowest], np.uint64)
+
+    def _ranges(self, funnels: list[Funnel]) -> int:
+        """Into how many key ranges the corpus is cut, so that a task can hold one in memory."""
+        settings, (documents, size) = self.data.preprocess, _remaining(funnels)
+        near = settings.near_deduplication
+        needed = near_ranges(documents, near) if near.enabled else 1
+        return max(settings.tasks, math.ceil(size / RANGE_BYTES), needed)
+
+    def _deduplicate(
+        self, funnels: list[Funnel], hashes: NDArray[np.uint64], ranges: int
+    ) -> tuple[Selection, NDArray[np.uint64]]:
+        """The stages between: what is left of the corpus, and the lowest split hashes of that."""
+        settings, (documents, size) = self.data.preprocess, _remaining(funnels)
+        runs = tuple(self.folder / "clean" / f"{part:05d}.arrow" for part in range(settings.tasks))
+        selection = Selection(runs, settings)
+
+        def run(stage: Stage, tasks: int) -> None:
+            self._stage(stage, tasks, documents)
+
+        if settings.near_deduplication.enabled:
+            selection = find_near_duplicates(selection, ranges, documents, self.folder / "near", run)
+        if settings.line_deduplication.unit != "off":
+            selection = find_repeated_lines(selection, ranges, size, self.folder / "lines", run)
+        if selection.near is None and selection.lines is None:
+            return selection, hashes
+        folder = self.folder / "survivors"
+        run(SurvivorStage(selection, settings.validation_fraction, folder), ranges)
+        reports = [SurvivorReport.model_validate_json(text) for text in _reports(folder, ranges)]
+        return selection, np.array([value for report in reports for value in report.lowest], np.uint64)
+
+    def _tokenize(self, funnels: list[Funnel], split: HeldOut, selection: Selection, parts: int) -> list[Path]:
+        """The shards in order; completes the funnels."""
+        folder = self.folder / "shards"
+        documents, _ = _remaining(funnels)
+        surveyed = KEPT_SAMPLES / total(funnels).read.documents
+        stage = TokenizeStage(self.data, self.tokenizer, split, selection, surveyed, folder)
+        self._stage(stage, parts, documents)
+        for text in _reports(folder, parts):
+            for funnel, more in zip(funnels, ShardReport.model_validate_json(text).funnels):
+                funnel.add(more)
+        for funnel in funnels:
+            funnel.check()
+        return [folder / f"{part:05d}" for part in range(parts)]
+
+    def _merge_hits(self) -> dict[str, int]:
+        """List what was found of evaluation sets; the number of documents for each."""
+        if not self.data.preprocess.decontamination.sets:
+            return {}
+        from data.decontamination.hits import merge_hits
+
+        tasks = self.data.preprocess.tasks
+        parts = [self.folder / "clean" / f"{part:05d}.hits" for part in range(tasks)]
+        found = merge_hits(parts, self.data.use, self.folder / HITS)
+        return {name: found.get(name, 0) for name in self.data.preprocess.decontamination.sets}
+
+    def _write(self, shards: list[Path], passes: dict[Split, Passes]) -> list[tuple[FilePlan, TokenFile]]:
+        """The token files, as planned and as they came out."""
+        limit, folder = self.data.preprocess.max_file_tokens, self.folder / "files"
+        plans = [plan for split in SPLITS for plan in plan_files(shards, split, passes[split], limit)]
+        documents = sum(piece.last - piece.first for plan in plans for piece in plan.pieces)
+        self._stage(WriteStage(plans, self.dtype, self.folder / OUTPUT, folder), len(plans), documents)
+        return list(zip(plans, [TokenFile.model_validate_json(text) for text in _reports(folder, len(plans))]))
+
+    def _publish(self, manifest: TokensManifest, surveys: dict[str, Survey]) -> None:
+        """Complete the output folder: nothing in it but what belongs there, and the manifest last."""
+        output = self.folder / OUTPUT
+        wanted = {name for files in manifest.splits.values() for file in files for name in (file.name, file.index_name)}
+        for path in output.iterdir():
+            if path.name not in wanted:
+                path.unlink()
+        for name in (QUARANTINE, HITS):
+            if (self.folder / name).exists():
+                with (self.folder / name).open("rb") as source, atomic_write(output / name) as target:
+                    shutil.copyfileobj(source, target)
+        write_text(output / REPORT, markdown(manifest))
+        write_text(output / PAGE, page(manifest, surveys))
+        write_text(output / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+
+    def _stage(self, stage: Stage, tasks: int, documents: int) -> None:
+        """Run one stage and show how far the whole is while it goes."""
+        name = str(stage.name)
+        shares = stage_shares(self.data.preprocess)
+        begun = sum(share for other, share in list(shares.items())[: list(shares).index(name)])
+        done = 0
+
+        def on_progress(more: int) -> None:
+            nonlocal done
+            done += more
+            fraction = (begun + shares[name] * min(1.0, done / max(1, documents))) / sum(shares.values())
+            self.show(name, round(fraction * self.documents), self.documents)
+
+        on_progress(0)
+        run_stage(stage, tasks, self.workers, self.folder / "log" / name, on_progress)
+        on_progress(documents)
+
+    def _check_readable(self, funnels: list[Funnel]) -> None:
+        """`UserError` if more than `max_bad_fraction` of a source's records are bad."""
+        limit, path = self.data.preprocess.max_bad_fraction, self.folder / QUARANTINE
+        for name, funnel in zip(self.data.use, funnels):
+            check_bad_fraction(name, funnel.read.documents, funnel.bad, first_harmful(path, name, 3), limit, path)
+
+    @property
+    def dtype(self) -> Literal["uint16", "uint32"]:
+        """How ids are stored."""
+        return token_dtype(self.tokenizer.vocab_size)
+
+
+def _reports(folder: Path, parts: int) -> list[bytes]:
+    return [(folder / f"{part:05d}.json").read_bytes() for part in range(parts)]
+
+
+def _remaining(funnels: list[Funnel]) -> tuple[int, int]:
+    """Documents and bytes that no rule has dropped so far."""
+    whole = total(funnels)
+    return (
+        whole.read.documents - sum(count.documents for count in whole.dropped.values()),
+        whole.read.bytes
+        - whole.cleaned.bytes
+        - whole.trimmed.bytes
+        - sum(count.bytes for count in whole.dropped.values()),
+    )
+
+
+def _check_something_left(funnels: list[Funnel]) -> None:
+    """`UserError` that names the rule to blame if no document is left."""
+    whole = total(funnels)
+    if _remaining(funnels)[0]:
+        return
+    if not whole.read.documents:
+        raise UserError("The sources in data.use hold no documents. Add text, or name other sources in data.use.")
+    rule, count = max(whole.dropped.items(), key=lambda item: item[1].documents)
+    raise UserError(
+        f"None of the {whole.read.documents:,} documents is left: the rule {rule!r} dropped {count.documents:,}. "
+        "Change that rule in data.preprocess, or add text."
+    )
