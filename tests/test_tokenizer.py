@@ -30,6 +30,7 @@ from data.tokenization.encoders import CANDIDATES
 from data.tokenization.probes import LANGUAGES, probe_texts
 from data.tokenization.protocol import Kind
 from data.tokenization.training import interleave, limit_bytes
+from data.tokenization.words import LONGEST_WORD
 
 ROOT = Path(__file__).parents[1]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -243,7 +244,7 @@ class TestTraining:
     def test_bpe_learns_from_the_beginning_of_an_endless_word(self) -> None:
         """Whole, such words would take the library minutes each, and hours from a few megabytes."""
         long = ["ab" * 200_000, "=" * 400_000, " \n" * 200_000, "日" * 200_000]
-        cut = [text[:1000] for text in long]
+        cut = [text[:LONGEST_WORD] for text in long]
         first, second = (train_tokenizer(iter([*corpus(), *texts]), tokenizer_config()) for texts in (long, cut))
         assert first.fingerprint == second.fingerprint
         assert first.decode(first.encode(long[3])) == long[3]

@@ -182,21 +182,22 @@ def merge(
     for word in occurrences:
         start, count = symbols.starts[word], symbols.counts[word]
         end = start + symbols.lengths[word]
-        at = start
-        while at < end - 1:
-            if ids[at] == left and ids[at + 1] == right:
-                if at > start:
-                    met, number = _change(ids[at - 1], left, -count, word, pairs, met, made, number)
-                    met, number = _change(ids[at - 1], both, count, word, pairs, met, made, number)
-                ids[at] = both
-                for behind in range(at + 1, end - 1):
-                    ids[behind] = ids[behind + 1]
-                end -= 1
-                if at < end - 1:
-                    met, number = _change(right, ids[at + 1], -count, word, pairs, met, made, number)
-                    met, number = _change(both, ids[at + 1], count, word, pairs, met, made, number)
-            at += 1
-        symbols.lengths[word] = end - start
+        at = free = start
+        while at < end:
+            if ids[at] == left and at + 1 < end and ids[at + 1] == right:
+                if free > start:
+                    met, number = _change(ids[free - 1], left, -count, word, pairs, met, made, number)
+                    met, number = _change(ids[free - 1], both, count, word, pairs, met, made, number)
+                ids[free] = both
+                at += 2
+                if at < end:
+                    met, number = _change(right, ids[at], -count, word, pairs, met, made, number)
+                    met, number = _change(both, ids[at], count, word, pairs, met, made, number)
+            else:
+                ids[free] = ids[at]
+                at += 1
+            free += 1
+        symbols.lengths[word] = free - start
     return met, number
 
 

@@ -18,7 +18,7 @@ from data.compiled import kernel
 from data.texts import decode
 
 OTHER, LETTER, NUMBER, SPACE, BREAK = 0, 1, 2, 3, 4  # BREAK is white space that is a line feed or a carriage return
-LONGEST_WORD = 1000  # characters; what lies past them in a word teaches nothing and would cost much
+LONGEST_WORD = 10_000  # characters; what lies past them in a word teaches nothing and would cost much
 LONGEST_BYTES = 4 * LONGEST_WORD
 CODE_POINTS = 0x110000
 ASSIGNED = 0x40000  # beyond are marks, formats and private use
@@ -39,7 +39,7 @@ class Words(NamedTuple):
 def count_words(texts: Iterable[str], pattern: str) -> Words:
     """The different words of all `texts` by `pattern` (gpt2 or llama3), in the order in which they first occur.
 
-    Memory grows with the different words, not with the text. Of a word longer than 1,000 characters, only these count.
+    Memory grows with the different words, not with the text. Of a word longer than 10,000 characters, only these count.
     """
     classes, llama = character_classes(), pattern == "llama3"
     slots = np.full(4 * START, -1, np.int32)
