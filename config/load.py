@@ -168,7 +168,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, several times as fast
+
+
+class _UniqueKeyLoader(_SafeLoader):  # type: ignore[misc]
     """YAML that refuses a key written twice, and reads `1e-4` as the number that it is."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -178,7 +181,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if keys[-1] in keys[:-1]:
                 message = f"key {keys[-1]!r} stands twice"
                 raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 class _Dumper(yaml.SafeDumper):

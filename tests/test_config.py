@@ -239,7 +239,7 @@ class TestMistakes:
         [
             ("training:\n  seed: 3\n  seed: 4\n", ["'seed' stands twice", "line 3"]),
             ("training: {seed: 3}\ntraining: {seed: 4}\n", ["'training' stands twice"]),
-            ("training: [", ["not valid YAML", "line 1"]),
+            ("training: [", ["not valid YAML", "line 2"]),
             ("training: 3", ["section 'training'", "key: value"]),
             ("- 3", ["key: value", "list"]),
             ("extends: nowhere.yaml", ["no configuration file", "nowhere.yaml"]),

@@ -86,6 +86,7 @@ def test_the_page_shows_where_documents_went(corpus: Path) -> None:
     assert f"{tokens:,}</td>" in found["Sources"]
 
 
+@pytest.mark.slow
 def test_the_page_does_not_depend_on_tasks_and_workers(corpus: Path) -> None:
     preprocess(corpus, "data.preprocess.workers=1", "data.preprocess.tasks=2")
     first = files(corpus / "corpus/tokens")

@@ -130,6 +130,7 @@ class TestCorpus:
         assert not any("river lie" in text.lower() or "grain" in text for text in texts)
         assert sum("\n\n" in text for text in texts) == 2  # the third had it at its end
 
+    @pytest.mark.slow
     def test_same_bytes_for_any_workers_and_tasks(self, corpus: Path) -> None:
         run(corpus, sets(corpus))
         expected = checksums(corpus)

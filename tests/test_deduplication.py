@@ -119,6 +119,7 @@ class TestNearDuplicates:
         assert on_both_sides(0.3, NEAR) == 0
 
     @pytest.mark.parametrize("settings", [("workers=2", "tasks=5"), ("tasks=1", "batch_documents=7")])
+    @pytest.mark.slow
     def test_same_bytes_for_any_workers_and_tasks(self, families: Path, settings: tuple[str, ...]) -> None:
         run(families, NEAR)
         expected = checksums(families)

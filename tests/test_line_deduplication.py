@@ -92,6 +92,7 @@ class TestCorpus:
         assert funnel.lines == {"duplicate-paragraph": 39}
         assert sum(BOILERPLATE in text for split in SPLITS for text in texts_of(tmp_path, split)) == 2
 
+    @pytest.mark.slow
     def test_same_bytes_for_any_workers_and_tasks_with_near_duplicates_gone(self, corpus: Path) -> None:
         run(corpus, LINES, NEAR)
         expected = checksums(corpus)

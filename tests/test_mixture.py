@@ -108,6 +108,7 @@ class TestEpochs:
         assert checksums(corpus)["train.bin"] == plain
 
     @pytest.mark.parametrize("changes", [("workers=2", "tasks=7"), ("max_file_tokens=5000",)])
+    @pytest.mark.slow
     def test_same_tokens_for_any_workers_tasks_and_files(self, corpus: Path, changes: tuple[str, ...]) -> None:
         asked = MIXTURE + ".weights={books: 1, news: 2, wiki: 2}"
         run(corpus, asked)

@@ -44,6 +44,7 @@ def test_tasks_take_ten_minutes_and_are_enough_for_all_cores() -> None:
     assert tasks_for(10**9, 100, 10e6) == 400
 
 
+@pytest.mark.slow
 def test_calibration_measures_what_the_real_run_makes(prepared: Path) -> None:
     config = load_config([], [*SETTINGS, f"data.corpus_dir={prepared / 'corpus'}"])
     before = sorted(prepared.rglob("*"))
@@ -59,6 +60,7 @@ def test_calibration_measures_what_the_real_run_makes(prepared: Path) -> None:
     assert sorted(prepared.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_command(prepared: Path) -> None:
     sizes = ("--size", "2TB", "--size", "36GB", "--sample", "100KB")
     done = command(prepared, "scripts/plan.py", "data", *SETTINGS, *sizes, "--speed", "10", "--cores", "2")

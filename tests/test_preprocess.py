@@ -157,6 +157,7 @@ def complete(finished: Path, copy: Path) -> Path:
 class TestSameBytes:
     """Promise 1: same inputs, configuration and seed give byte-identical corpus/tokens."""
 
+    @pytest.mark.slow
     def test_for_several_workers(self, finished: Path, copy: Path) -> None:
         run(copy, "data.preprocess.workers=3", "data.preprocess.tasks=4")
         assert checksums(copy) == checksums(finished)

@@ -162,6 +162,7 @@ class TestStreaming:
         }
         return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".index")}
 
+    @pytest.mark.slow
     def test_the_same_token_files_and_nothing_on_disk(self, server: HubServer, tmp_path: Path) -> None:
         sources = self.sources(server, tmp_path)
         fetched = config_of("data.corpus_dir=fetched", **sources)

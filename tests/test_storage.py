@@ -94,6 +94,7 @@ def test_the_same_bytes_though_it_was_killed(corpus: Any, finished: Path, tmp_pa
     assert "up to date" in run(tmp_path, *settings)
 
 
+@pytest.mark.slow
 class TestPublishing:
     def test_what_was_copied_in_part_is_not_taken_for_whole(self, corpus: Any, finished: Path) -> None:
         tokens = corpus / "tokens"

@@ -333,6 +333,7 @@ class TestRecord:
         assert set(state["optimizer"]) == {"muon", "adamw"}
         assert state["config"]["model"]["d_model"] == 32 and state["wandb_id"] is None
 
+    @pytest.mark.slow
     def test_weights_and_biases_falls_back_to_offline_without_a_server(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

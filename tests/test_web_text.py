@@ -290,6 +290,7 @@ class TestRecipe:
         report = (folder / "corpus/tokens/report.md").read_text()
         assert "trimmed" in report and "dropped: curly_bracket" in report
 
+    @pytest.mark.slow
     def test_same_bytes_for_any_workers_tasks_and_batches(self, folder: Path) -> None:
         _, expected = run(folder)
         for changes in (("workers=2", "tasks=3"), ("tasks=1", "batch_documents=9")):
