@@ -46,6 +46,7 @@ TYPED: dict[str, list[str]] = {
     "python data/download_datasets.py --list": [],
     "python data/download_datasets.py --list --available": [],
     "python data/tokenizer.py": ["data.tokenizer.vocab_size=512", "data.tokenizer.max_training_bytes=500000"],
+    "python data/preprocess.py --dry-run 1000": ["data.tokenizer.vocab_size=512"],
     "python data/preprocess.py": ["data.tokenizer.vocab_size=512", "data.preprocess.validation_fraction=0.01"],
     "python scripts/train.py": [*SMALL, "training.max_steps=8"],
     "python scripts/train.py --resume latest": ["training.max_steps=12"],
@@ -117,7 +118,7 @@ class TestWhatIsWrittenDown:
             ["make", "--dry-run", "--always-make", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.splitlines()
         run = [match[0] for line in lines if (match := re.search(r"(data|scripts)/\w+\.py", line))]
-        road = [line.split()[1] for line in TYPED if "--list" not in line and "--resume" not in line]
+        road = [line.split()[1] for line in TYPED if not re.search("--(list|dry-run|resume)", line)]
         left_out = {"scripts/distributed_train.py", "scripts/finetune.py"}
         assert [script for script in run if script in road] == [script for script in road if script not in left_out]
 
@@ -174,6 +175,9 @@ def test_the_road_from_raw_text_to_fine_tuned_answers(clone: Path) -> None:
     assert "HuggingFaceFW/fineweb" in output
     output, _ = type_in(clone, next(typed))
     assert proposed(output).startswith("python data/preprocess.py")
+    output, _ = type_in(clone, next(typed))
+    assert proposed(output).startswith("python data/preprocess.py")
+    assert (clone / "corpus/dry-run.html").exists() and not (clone / "corpus/tokens").exists()
     output, _ = type_in(clone, next(typed))
     assert proposed(output).startswith("python scripts/train.py")
     assert {"train.bin", "val.bin", "manifest.json"} <= {path.name for path in (clone / "corpus/tokens").iterdir()}
