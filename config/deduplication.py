@@ -71,6 +71,10 @@ class MixtureConfig(Section):
             raise ValueError("tokens: a number of tokens needs weights, such as {web: 0.7, books: 0.3}")
         return self
 
+    def off(self) -> MixtureConfig:
+        """The same without a mixture: every source once."""
+        return self.model_copy(update={"weights": {}, "epochs": {}, "tokens": None})
+
     def check(self, use: list[str]) -> None:
         """`ValueError` unless the mixture, where there is one, names just the sources in `use`."""
         for key, asked in (("weights", self.weights), ("epochs", self.epochs)):

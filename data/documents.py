@@ -128,6 +128,10 @@ def _share(raw: RawFile, index: int, files: int, part: int, parts: int, streamed
     split = raw.path.endswith(SPLITTABLE) and (raw.whole or not streamed or raw.path.endswith(".parquet"))
     if files >= (4 * parts if split else parts) or streamed and not split:
         return (lambda unit: True) if index % parts == part else None
+    if not split:
+        # Reading any of its blocks means reading the file from the start, so each part has one file only.
+        sharing = range(index, parts, files)
+        return (lambda unit: unit % len(sharing) == part // files) if part in sharing else None
     return lambda unit: (index + unit) % parts == part
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -117,7 +118,9 @@ class FileFetch:
         if note is None or note.size is None or not self._file.path.exists() or self._part.exists():
             return
         if note.size == self._file.path.stat().st_size and (wanted is None or note.size < wanted):
-            os.replace(self._file.path, self._part)
+            # A copy, since the file may be the same one as in an earlier download that is still in use.
+            shutil.copyfile(self._file.path, self._part)
+            self._file.path.unlink()
             write_note(self._file, etag=note.etag)
 
     def _recover(self) -> None:

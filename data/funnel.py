@@ -63,6 +63,14 @@ class Funnel(BaseModel):
         for rule, count in other.dropped.items():
             self.drop(rule, count.documents, count.bytes)
 
+    def sort(self) -> None:
+        """Bring rules and reasons into an order that does not depend on which one was met first."""
+        self.bad, self.lines, self.dropped = (
+            dict(sorted(self.bad.items())),
+            dict(sorted(self.lines.items())),
+            dict(sorted(self.dropped.items())),
+        )
+
     def check(self) -> None:
         """Assert that every document and every byte is accounted for."""
         dropped = Count()
@@ -77,4 +85,5 @@ def total(funnels: Iterable[Funnel]) -> Funnel:
     result = Funnel()
     for funnel in funnels:
         result.add(funnel)
+    result.sort()
     return result

@@ -49,6 +49,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of a Slurm cluster's commands, which are on the path."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the jobs unpickle stages of the tests
     folder = slurm_commands.install(tmp_path / "slurm")
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     yield folder

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
 
 from config.files import atomic_write
 from data.decontamination.documents import Hit
-
-Entry = tuple[int, str, str, str]
+from data.pipeline.merging import merged_lines
 
 
 def write_hits(path: Path, hits: Sequence[Hit]) -> None:
@@ -31,14 +29,8 @@ def merge_hits(parts: Sequence[Path], use: Sequence[str], path: Path) -> dict[st
     if not any(part.stat().st_size for part in parts):
         return {}
     with atomic_write(path) as file:
-        for source, key, name, ngram in heapq.merge(*map(_read, parts)):
+        for line in merged_lines(parts, orjson.loads):
+            source, key, name, ngram = orjson.loads(line)
             counts[name] += 1
             file.write(orjson.dumps({"source": use[source], "id": key, "set": name, "ngram": ngram}) + b"\n")
     return dict(sorted(counts.items()))
-
-
-def _read(path: Path) -> Iterator[Entry]:
-    with path.open("rb") as file:
-        for line in file:
-            source, key, name, ngram = orjson.loads(line)
-            yield source, key, name, ngram

@@ -56,10 +56,10 @@ def hash_lines(texts: pl.Series, config: LineDeduplicationConfig) -> NDArray[np.
 def without_lines(text: str, unit: str, doomed: Sequence[int]) -> str:
     """`text` without the lines with these numbers, each gone with the separator after it."""
     pieces = SEPARATORS[unit].split(text)
-    last = len(pieces) // 2
+    last, gone = len(pieces) // 2, set(doomed)
     for number in doomed:
         pieces[2 * number : 2 * number + 2] = [""] * len(pieces[2 * number : 2 * number + 2])
-    while last in doomed:  # nothing is left to separate at the end
+    while last in gone:  # nothing is left to separate at the end
         last -= 1
         if last >= 0:
             pieces[2 * last + 1] = ""

@@ -61,7 +61,7 @@ def count_lines(file: IO[bytes], path: str, cut: bool) -> int:
         for line, _ in bounded_lines(chunks(file, path)):
             rows += bool(line.strip())
     except BrokenStream:
-        return rows
+        return rows if cut else rows + 1  # the fault that reading ends with is a record, too
     return max(rows - cut, 0)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import orjson
 
 from config.files import atomic_write
 from data.documents import BadRecord
+from data.pipeline.merging import merged_lines
 from data.quarantine import HARMLESS
 
 
@@ -38,18 +38,18 @@ def write_quarantine(path: Path, use: Sequence[str], bad: Sequence[BadRecord]) -
 def merge_quarantine(parts: Sequence[Path], path: Path) -> None:
     """Merge the sorted files of all tasks into one, record by record; no file where nothing was bad."""
 
-    def read(part: Path) -> Iterator[tuple[int, str, str, bytes]]:
-        with part.open("rb") as file:
-            for line in file:
-                entry = orjson.loads(line)
-                yield entry.pop("order"), entry["location"], entry["reason"], orjson.dumps(entry) + b"\n"
+    def key(line: bytes) -> tuple[int, str, str, bytes]:
+        entry = orjson.loads(line)
+        return entry["order"], entry["location"], entry["reason"], line
 
     found = [part for part in parts if part.exists()]
     if not found:
         return
     with atomic_write(path) as file:
-        for *_, line in heapq.merge(*[read(part) for part in found]):
-            file.write(line)
+        for line in merged_lines(found, key):
+            entry = orjson.loads(line)
+            del entry["order"]
+            file.write(orjson.dumps(entry) + b"\n")
 
 
 def first_harmful(path: Path, source: str, count: int) -> list[BadRecord]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -77,7 +78,7 @@ def _sample(data: DataConfig, folder: Path, size: int) -> DataConfig:
             layout="documents",
             files=writer.files,
         ).save(raw)
-    settings = data.preprocess.model_copy(update={"workers": 1, "tasks": 1})
+    settings = data.preprocess.model_copy(update={"workers": 1, "tasks": 1, "mixture": data.preprocess.mixture.off()})
     changed = {"raw_dir": str(folder / "raw"), "tokens_dir": str(folder / "tokens"), "executor": "local"}
     return data.model_copy(
         update={**changed, "preprocess": settings, "sources": {name: source for name in data.sources}}
@@ -114,4 +115,4 @@ def _peak_memory() -> int:
         import resource
     except ImportError:  # Windows
         return int(psutil.Process().memory_info().peak_wset)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)

@@ -64,7 +64,7 @@ def _source(name: str, funnel: Funnel, survey: Survey) -> dict[str, Any]:
     return {
         "name": name,
         "funnel": _funnel(funnel),
-        "lines": _bars(sorted(funnel.lines.items(), key=lambda item: -item[1])),
+        "lines": _bars(sorted(funnel.lines.items(), key=lambda item: (-item[1], item[0]))),
         "lengths": _bars(
             (f"{2**power:,} to {2 ** (power + 1) - 1:,}", survey.lengths[power]) for power in sorted(survey.lengths)
         ),

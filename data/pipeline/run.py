@@ -78,7 +78,8 @@ def dry_run(data: DataConfig, records: int, show: Show) -> tuple[TokensManifest,
     scratch = None if is_remote(tokens_dir) else tokens_dir.parent
     files = min(len(manifest.files) for manifest in raw_manifests(data))
     tasks = max(1, min(files, data.preprocess.tasks))  # so that each finds a file to read from in every source
-    data = data.model_copy(update={"preprocess": data.preprocess.model_copy(update={"tasks": tasks})})
+    few = {"tasks": tasks, "mixture": data.preprocess.mixture.off()}  # shares of a sample would say nothing
+    data = data.model_copy(update={"preprocess": data.preprocess.model_copy(update=few)})
     tokenizer = load_tokenizer(location(data.tokenizer_dir), data.tokenizer.encoder)
     if scratch is not None:
         scratch.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,10 @@ def read_range(paths: list[Path], first: int, last: int) -> pl.DataFrame:
             for block in wanted:
                 frame = pl.from_arrow(reader.get_batch(int(block)))
                 assert isinstance(frame, pl.DataFrame)
-                frames.append(frame.filter(within))
+                # A copy: what a filter leaves would keep the whole block in memory.
+                part = pl.from_arrow(_arrow(frame.filter(within)))
+                assert isinstance(part, pl.DataFrame)
+                frames.append(part)
     return in_order(pl.concat(frames))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -102,14 +103,15 @@ class Work:
 
     def _surveys(self, ranges: int) -> dict[str, Survey]:
         """What the stages saw of each source."""
-        clean, shards = _reports(self.folder / "clean", self.data.preprocess.tasks), _reports(
-            self.folder / "shards", ranges
-        )
         surveys = {name: Survey() for name in self.data.use}
-        for seen in [CleanReport.model_validate_json(text).surveys for text in clean] + [
-            ShardReport.model_validate_json(text).surveys for text in shards
-        ]:
-            for survey, more in zip(surveys.values(), seen):
+        clean = _reports(self.folder / "clean", self.data.preprocess.tasks)
+        shards = _reports(self.folder / "shards", ranges)
+        seen = chain(
+            (CleanReport.model_validate_json(text).surveys for text in clean),
+            (ShardReport.model_validate_json(text).surveys for text in shards),
+        )
+        for of_sources in seen:
+            for survey, more in zip(surveys.values(), of_sources):
                 survey.add(more)
         return surveys
 
@@ -171,6 +173,7 @@ class Work:
             for funnel, more in zip(funnels, ShardReport.model_validate_json(text).funnels):
                 funnel.add(more)
         for funnel in funnels:
+            funnel.sort()
             funnel.check()
         return [folder / f"{part:05d}" for part in range(parts)]
 
@@ -237,8 +240,10 @@ class Work:
         return token_dtype(self.tokenizer.vocab_size)
 
 
-def _reports(folder: Path, parts: int) -> list[bytes]:
-    return [(folder / f"{part:05d}.json").read_bytes() for part in range(parts)]
+def _reports(folder: Path, parts: int) -> Iterator[bytes]:
+    """What the tasks of a stage have to tell, one after the other: all at once may be much."""
+    for part in range(parts):
+        yield (folder / f"{part:05d}.json").read_bytes()
 
 
 def _remaining(funnels: list[Funnel]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +38,9 @@ def bring(
     asking = job.progress.add_task(f"{name}: asking what there is", total=None)
     listing = list_files()
     try:
-        check_column(name, config, listing.files)
+        # Of a server that sends no parts of files, one that is fetched whole is looked at when it is there.
+        with nullcontext() if job.streaming else suppress(FetchError):
+            check_column(name, config, listing.files)
         limit = job.max_bytes
         work = _Work(name, config, folder, job, listing)
         chosen = work.earlier.known(listing.files, job.connections_per_host) if limit is None else listing.files
