@@ -89,6 +89,10 @@ def _download(names: list[str], config: Config, force: bool, verify: bool, max_b
     check_names(names, config.data)
     names = list(dict.fromkeys(names))
     for number, name in enumerate(names):
+        if max_bytes is not None and max_bytes <= 0:
+            raise UserError(
+                f"--max-bytes is used up by {', '.join(names[:number])}; nothing is left for {name!r}. Raise it."
+            )
         share = None if max_bytes is None else max(1, max_bytes // (len(names) - number))
         try:
             with progress(in_bytes=True) as bars:

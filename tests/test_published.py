@@ -38,6 +38,7 @@ from data.sources import Job
 from data.tokenization.build import build
 from data.transport.remote import LONGEST_READ, RemoteStream
 from tests.hub_server import Answer, HubServer, Repo
+from tests.workspace import small_tokenizer
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["ArXiv", "Github", "Wikipedia (en)"]
@@ -259,7 +260,7 @@ class TestStreaming:
         config = config_of("data.streaming=true", web=urls(publish(server, a__jsonl=jsonl(records(20)))))
         download(config)
         publish(server, a__jsonl=jsonl(records(20, 1)))
-        with pytest.raises(UserError, match="a.jsonl has changed. Type: python data/download_datasets.py --force"):
+        with pytest.raises(UserError, match="a.jsonl has changed. Type: .* NAME data.streaming=true --force"):
             documents(config)
         download(config, force=True)
         assert documents(config)[0].text == records(20, 1)[0]["text"]
@@ -316,6 +317,14 @@ class TestKeep:
         assert sorted(record.location for record in again) == sorted(record.location for record in left_out)
         everything = config_of(web=urls([f"{server.endpoint}/a.{suffix}"]))
         assert not download(everything).fetched and len(documents(everything)) == 2500
+
+    def test_components_that_are_not_there(self, server: HubServer) -> None:
+        source = urls(publish(server, a__jsonl=jsonl(records(20))), keep_column="meta.pile_set_name", keep=["Arxiv"])
+        config = config_of(web=source)
+        download(config)
+        small_tokenizer().save(Path(config.data.tokenizer_dir))
+        with pytest.raises(UserError, match="data.sources.web.keep leaves out all of its 20 rows"):
+            preprocess(config.data, force=False, show=lambda stage, done, total: None)
 
     def test_keep_without_a_column(self) -> None:
         with pytest.raises(UserError, match="data.sources.web.keep: needs keep_column"):
@@ -414,6 +423,9 @@ class TestLimits:
         output = capsys.readouterr().out
         assert "small: 10 documents" in output and "large: the limit of" in output
         assert Path("corpus/raw/large/large.jsonl").stat().st_size == 100_000 - len(small)
+        with pytest.raises(SystemExit):
+            run(download_datasets, ["sample", "large", *words, "--max-bytes", "0.1MB"])
+        assert "--max-bytes is used up by sample; nothing is left for 'large'" in capsys.readouterr().err
 
 
 class TestAddresses:

@@ -16,7 +16,7 @@ from data.texts import Texts, texts_of
 
 
 class Grams(NamedTuple):
-    """An open-addressing table of 64-bit hashes, at least half of it empty: 16 to 32 bytes for each n-gram."""
+    """An open-addressing table of 64-bit hashes, at least half of it empty: 32 to 64 bytes for each n-gram."""
 
     n: int
     keys: NDArray[np.uint64]

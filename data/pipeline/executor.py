@@ -56,6 +56,9 @@ class WorkersKilled(Exception):
 class Executor(Protocol):
     """Those who do the tasks. Leaving the `with` block by an exception ends what can be ended."""
 
+    advice: str
+    """What to do where workers are killed again and again."""
+
     def __enter__(self) -> Self:
         """Get hold of the workers; `UserError` where they are out of reach."""
 
@@ -161,8 +164,8 @@ def run_stage(
             fruitless = fruitless + 1 if len(left) == before else 0
     if left:
         raise UserError(
-            "Worker processes were killed several times, most likely because memory ran out. The finished parts are "
-            "kept: run the command again with a lower data.preprocess.workers or data.preprocess.batch_documents."
+            f"Worker processes were killed several times before one had done its part. {workers.advice} "
+            "The finished parts are kept; the same command goes on with the others."
         )
 
 
@@ -181,6 +184,8 @@ class Workers:
 
     Leaving the `with` block by an exception ends them at once.
     """
+
+    advice = "Most likely memory ran out: lower data.preprocess.workers or data.preprocess.batch_documents."
 
     def __init__(self, count: int) -> None:
         self.count = count

@@ -31,6 +31,8 @@ class RayCluster:
         address: `auto` or `HOST:PORT`, as `ray.init` takes it.
     """
 
+    advice = "Look at the memory of the nodes (ray status), and whether they have this environment."
+
     def __init__(self, count: int | None, address: str) -> None:
         self.count = count
         self.address = address

@@ -99,6 +99,8 @@ class SlurmCluster:
         config: what each job asks for.
     """
 
+    advice = "The jobs' logs say why; raise data.slurm.memory_gb or data.slurm.time_hours, or mend data.slurm.setup."
+
     def __init__(self, count: int | None, config: SlurmConfig) -> None:
         self.count = count or JOBS
         self.config = config

@@ -232,6 +232,11 @@ class Work:
         """`UserError` if more than `max_bad_fraction` of a source's records are bad."""
         limit, path = self.data.preprocess.max_bad_fraction, self.folder / QUARANTINE
         for name, funnel in zip(self.data.use, funnels):
+            if self.sample is None and not funnel.read.documents and funnel.bad.get("left-out"):
+                raise UserError(
+                    f"data.sources.{name}.keep leaves out all of its {funnel.bad['left-out']:,} rows. "
+                    f"Look at data.sources.{name}.keep and keep_column."
+                )
             check_bad_fraction(name, funnel.read.documents, funnel.bad, first_harmful(path, name, 3), limit, path)
 
     @property

@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from config.errors import UserError
 from data.transport.clients import client_for, hub_endpoint
-from data.transport.remote import RemoteStream
+from data.transport.remote import LIST_ANEW, RemoteStream
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 MARKS = ("ETag", "etag", "checksum", "md5Hash", "blob_id", "LastModified", "updated", "mtime")
@@ -27,7 +27,7 @@ def open_published(url: str, size: int | None = None, etag: str | None = None) -
     try:
         found = describe(system, path)
         if size not in (None, found[0]) or etag not in (None, found[1]):
-            raise UserError(f"{url} has changed. Type: python data/download_datasets.py --force")
+            raise UserError(f"{url} has changed. {LIST_ANEW}")
         opened: IO[bytes] = system.open(path, "rb", **({} if is_local(url) else {"block_size": READ_AHEAD}))
         return opened
     except OSError as error:

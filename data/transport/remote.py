@@ -24,6 +24,8 @@ FIRST_READ = 256 << 10
 LONGEST_READ = 8 << 20
 Range = tuple[int, int]
 
+LIST_ANEW = "Type: python data/download_datasets.py NAME data.streaming=true --force, with the name of its source."
+
 
 class RemoteStream(io.RawIOBase):
     """A readable and seekable binary file over HTTP ranges, one of them in memory and the next one on its way.
@@ -154,7 +156,7 @@ class RemoteStream(io.RawIOBase):
         """Note what the first answer says of the file, and hold all later ones to it."""
         same = None in (size, self._size) or size == self._size
         if not same or None not in (etag, self._etag) and etag != self._etag:
-            raise UserError(f"{self._url} has changed. Type: python data/download_datasets.py --force")
+            raise UserError(f"{self._url} has changed. {LIST_ANEW}")
         if self._size is None and size is None:
             raise FetchError(f"{self._url}: the server does not say how long the file is, so it cannot be streamed.")
         self._size = size if self._size is None else self._size
