@@ -45,12 +45,13 @@ def make_grams(hashes: NDArray[np.uint64], sets: NDArray[np.int64], n: int) -> G
 
 def grams_of(texts: list[str], n: int) -> tuple[NDArray[np.uint64], int]:
     """The hashes of all runs of `n` words, and how many texts have fewer words than that."""
-    return _grams(*texts_of(pl.Series("text", texts, dtype=pl.String)), folding(digits_alike=False), n)
+    column = texts_of(pl.Series("text", texts, dtype=pl.String))
+    return _grams(*column, column.longest, folding(digits_alike=False), n)
 
 
 def find_grams(texts: Texts, grams: Grams) -> NDArray[np.int64]:
     """What is found: text, first byte, end byte in that text and sets of each n-gram, shape (found, 4), in order."""
-    return _find(*texts, folding(digits_alike=False), grams.n, grams.keys, grams.sets)
+    return _find(*texts, texts.longest, folding(digits_alike=False), grams.n, grams.keys, grams.sets)
 
 
 @kernel
@@ -74,18 +75,9 @@ def _insert(
 
 
 @kernel
-def _longest(offsets: NDArray[np.int64]) -> int:
-    room = 0
-    for text in range(len(offsets) - 1):
-        room = max(room, offsets[text + 1] - offsets[text])
-    return room
-
-
-@kernel
 def _grams(
-    data: NDArray[np.uint8], offsets: NDArray[np.int64], table: NDArray[np.uint32], n: int
+    data: NDArray[np.uint8], offsets: NDArray[np.int64], room: int, table: NDArray[np.uint32], n: int
 ) -> tuple[NDArray[np.uint64], int]:
-    room = _longest(offsets)
     words = np.empty(room, np.uint64)
     starts, ends = np.empty(room, np.int64), np.empty(room, np.int64)
     result = np.empty(offsets[-1] - offsets[0], np.uint64)
@@ -105,12 +97,12 @@ def _grams(
 def _find(
     data: NDArray[np.uint8],
     offsets: NDArray[np.int64],
+    room: int,
     table: NDArray[np.uint32],
     n: int,
     keys: NDArray[np.uint64],
     sets: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    room = _longest(offsets)
     words = np.empty(room, np.uint64)
     starts, ends = np.empty(room, np.int64), np.empty(room, np.int64)
     found = np.empty((16, 4), np.int64)

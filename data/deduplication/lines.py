@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from config.deduplication import LineDeduplicationConfig
-from data.deduplication.tables import borders, cuts_for, read_array, read_rows, write_array, write_rows
+from data.deduplication.tables import borders, cuts_for, read_array, read_rows, read_slices, write_array, write_rows
 from data.pipeline.executor import Stage, advance
 
 if TYPE_CHECKING:
@@ -99,12 +99,9 @@ class RepeatedLineStage(Stage):
         self.folder = folder
 
     def work(self, part: int, parts: int) -> None:
-        slices = []
-        for source in range(self.ranges):
-            first, last = read_array(self.hashed / f"{source:05d}.npy")[part : part + 2].tolist()
-            slices.append(read_rows(self.hashed / f"{source:05d}.lines", LINE, first, last))
-        rows = np.concatenate(slices)
-        ranges = np.repeat(np.arange(self.ranges, dtype=np.uint32), [len(each) for each in slices])
+        starts = [read_array(self.hashed / f"{source:05d}.npy")[part : part + 2] for source in range(self.ranges)]
+        files = [self.hashed / f"{source:05d}.lines" for source in range(self.ranges)]
+        rows, ranges = read_slices([(file, *bounds.tolist()) for file, bounds in zip(files, starts)], LINE)
         order = np.argsort(rows["hash"], kind="stable")  # equal ones stay in the order of the corpus
         _, counts = np.unique(rows["hash"], return_counts=True)
         first_of_each = np.cumsum(counts) - counts

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from config.deduplication import NearDeduplicationConfig
 from data.deduplication.selection import INDEX, Selection, removal_path
-from data.deduplication.tables import borders, cuts_for, read_array, read_rows, write_array, write_rows
+from data.deduplication.tables import borders, cuts_for, read_array, read_rows, read_slices, write_array, write_rows
 from data.pipeline.executor import Stage, advance
 
 PAIR = np.dtype(("<u4", (4,)))
@@ -103,13 +103,11 @@ class BucketStage(Stage):
 
     def work(self, part: int, parts: int) -> None:
         bucket, cut = divmod(part, self.cuts)
-        kind = row_type(self.config)
-        slices = []
-        for source in range(self.ranges):
-            first, last = read_array(self.signed / f"{source:05d}.npy")[bucket, cut : cut + 2].tolist()
-            slices.append(read_rows(signature_path(self.signed, bucket, source), kind, first, last))
-        rows = np.concatenate(slices)
-        ranges = np.repeat(np.arange(self.ranges, dtype=INDEX), [len(each) for each in slices])
+        starts = [read_array(self.signed / f"{n:05d}.npy")[bucket, cut : cut + 2] for n in range(self.ranges)]
+        files = [signature_path(self.signed, bucket, source) for source in range(self.ranges)]
+        rows, ranges = read_slices(
+            [(file, *bounds.tolist()) for file, bounds in zip(files, starts)], row_type(self.config)
+        )
         order = np.lexsort(rows["hashes"][:, ::-1].T)  # equal ones stay in the order of the corpus
         hashes = rows["hashes"][order]
         names = np.stack([ranges[order], rows["document"][order]], axis=1)

@@ -32,7 +32,7 @@ def signatures(texts: Texts, config: NearDeduplicationConfig) -> tuple[NDArray[A
     a, b = np.random.default_rng(SEED).integers(0, (1 << 64) - 1, (2, count), np.uint64, endpoint=True)
     a |= np.uint64(1)
     table = folding(digits_alike=True)
-    values, found = _sign(texts.data, texts.offsets, table, config.n_grams, a.view(np.int64), b.view(np.int64))
+    values, found = _sign(*texts, texts.longest, table, config.n_grams, a.view(np.int64), b.view(np.int64))
     values >>= np.uint64(64 - HASH_BITS[config.precision])
     shape = (-1, config.num_buckets, config.hashes_per_bucket)
     return values.astype(f"<u{config.precision // 8}", copy=False).reshape(shape), found
@@ -47,6 +47,7 @@ def prepare(config: NearDeduplicationConfig) -> None:
 def _sign(
     data: NDArray[np.uint8],
     offsets: NDArray[np.int64],
+    room: int,
     table: NDArray[np.uint32],
     n: int,
     a: NDArray[np.int64],
@@ -55,9 +56,6 @@ def _sign(
     texts = len(offsets) - 1
     result = np.zeros((texts, len(a)), np.uint64)
     found = np.zeros(texts, np.bool_)
-    room = 0
-    for text in range(texts):
-        room = max(room, offsets[text + 1] - offsets[text])
     words = np.empty(room, np.uint64)
     starts, ends = np.empty(room, np.int64), np.empty(room, np.int64)
     least = np.empty(len(a), np.int64)  # signed, for which more processors have a vector instruction

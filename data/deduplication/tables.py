@@ -7,6 +7,7 @@ begins. Whoever owns a range reads just that from each part: so what is equal me
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,11 @@ def read_array(path: Path) -> NDArray[Any]:
     with path.open("rb") as file:
         array: NDArray[Any] = np.load(file)
     return array
+
+
+def read_slices(
+    slices: Iterable[tuple[Path, int, int]], kind: np.dtype[Any]
+) -> tuple[NDArray[Any], NDArray[np.uint32]]:
+    """The rows first ... last - 1 of each of several files, one file after the other, and the number of each's file."""
+    parts = [read_rows(path, kind, first, last) for path, first, last in slices]
+    return np.concatenate(parts), np.repeat(np.arange(len(parts), dtype=np.uint32), [len(rows) for rows in parts])

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import tenacity
-
 from data.transport.clients import client_for
-from data.transport.retry import FetchError, Passing, check_status, network, waiting_time
-
-TRIES = 5
+from data.transport.retry import FEW_TRIES, FetchError, ask_again, check_status, network
 
 
 def read_page(url: str, first_wait: float = 1.0) -> bytes | None:
@@ -19,16 +15,8 @@ def read_page(url: str, first_wait: float = 1.0) -> bytes | None:
         check_status(response)
         return response.content
 
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(Passing),
-        wait=lambda state: waiting_time(state, state.attempt_number, first_wait),
-        stop=tenacity.stop_after_attempt(TRIES),
-        reraise=True,
-    )
     try:
-        return retrying(ask)
-    except Passing as error:
-        raise FetchError(f"{url} could not be read: {error}. Try again later.", error.status) from error
+        return ask_again(ask, url, FEW_TRIES, first_wait)
     except FetchError as error:
         if error.status in (403, 404):
             return None

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import httpx
-import tenacity
 
-from data.transport.retry import FetchError, Passing, check_status, network, strong_etag, total_size, waiting_time
-
-TRIES = 5
+from data.transport.retry import FEW_TRIES, ask_again, check_status, network, strong_etag, total_size
 
 
 def probe(client: httpx.Client, url: str, first_wait: float = 1.0) -> tuple[int | None, str | None]:
@@ -23,13 +20,4 @@ def probe(client: httpx.Client, url: str, first_wait: float = 1.0) -> tuple[int 
                 check_status(response)
             return total_size(response), strong_etag(response)
 
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(Passing),
-        wait=lambda state: waiting_time(state, state.attempt_number, first_wait),
-        stop=tenacity.stop_after_attempt(TRIES),
-        reraise=True,
-    )
-    try:
-        return retrying(ask)
-    except Passing as error:
-        raise FetchError(f"{url} could not be read: {error}. Try again later.", error.status) from error
+    return ask_again(ask, url, FEW_TRIES, first_wait)

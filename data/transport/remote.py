@@ -6,18 +6,17 @@ import io
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
-import tenacity
 
 from config.errors import UserError
 from data.transport.retry import (
     FRUITLESS_TRIES,
     FetchError,
     Passing,
+    ask_again,
     check_status,
     network,
     strong_etag,
     total_size,
-    waiting_time,
 )
 
 FIRST_READ = 256 << 10
@@ -124,16 +123,7 @@ class RemoteStream(io.RawIOBase):
         self._next = piece, self._thread.submit(self._get, piece)
 
     def _get(self, piece: Range) -> bytearray:
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Passing),
-            wait=lambda state: waiting_time(state, state.attempt_number, self._first_wait),
-            stop=tenacity.stop_after_attempt(FRUITLESS_TRIES),
-            reraise=True,
-        )
-        try:
-            return retrying(self._request, *piece)
-        except Passing as error:
-            raise FetchError(f"{self._url} could not be read: {error}. Try again later.", error.status) from error
+        return ask_again(lambda: self._request(*piece), self._url, FRUITLESS_TRIES, self._first_wait)
 
     def _request(self, start: int, end: int) -> bytearray:
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{end - 1}"}

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import TypeVar
 
 import httpx
 import tenacity
 
 from config.errors import UserError
 
+Answer = TypeVar("Answer")
+
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 FRUITLESS_TRIES = 8
+FEW_TRIES = 5
+"""For what is small and asked for before anything is fetched."""
 LONGEST_WAIT = 600.0
 TIMEOUT = httpx.Timeout(60.0, connect=20.0)
 
@@ -45,6 +50,20 @@ def waiting_time(state: tenacity.RetryCallState, fruitless: int, first_wait: flo
     if isinstance(error, Passing) and error.wait is not None:
         return min(error.wait, LONGEST_WAIT)
     return min(first_wait * 2.0 ** max(fruitless - 1, 0), 60.0)
+
+
+def ask_again(ask: Callable[[], Answer], url: str, tries: int, first_wait: float) -> Answer:
+    """What `ask` gives, which may raise `Passing` so many times less one; `FetchError` where it does to the end."""
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(Passing),
+        wait=lambda state: waiting_time(state, state.attempt_number, first_wait),
+        stop=tenacity.stop_after_attempt(tries),
+        reraise=True,
+    )
+    try:
+        return retrying(ask)
+    except Passing as error:
+        raise FetchError(f"{url} could not be read: {error}. Try again later.", error.status) from error
 
 
 def retry_after(headers: httpx.Headers, now: datetime | None = None) -> float | None:
