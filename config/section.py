@@ -16,3 +16,8 @@ class Section(BaseModel):
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0)]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of `number`, ascending."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

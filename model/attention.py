@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.schema import ModelConfig
+from config.model import ModelConfig
 from model.cache import KVCache
 from model.norms import rms_norm
 from model.positions import Rotation, rotate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from config.schema import ModelConfig
+from config.model import ModelConfig
 
 
 class KVCache:

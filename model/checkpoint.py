@@ -15,7 +15,8 @@ from torch import Tensor
 from config.errors import UserError
 from config.files import atomic_write
 from config.load import config_from_dict
-from config.schema import Config, ModelConfig
+from config.model import ModelConfig
+from config.schema import Config
 from model.transformer import Transformer
 
 FORMAT = 1

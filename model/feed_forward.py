@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from config.schema import ModelConfig
+from config.model import ModelConfig
 
 
 class FeedForward(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config.errors import UserError
-from config.schema import ModelConfig
+from config.model import ModelConfig
 from model.transformer import Transformer
 
 _LLAMA_BLOCK = {

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from config.schema import ModelConfig
+from config.model import ModelConfig
 
 
 class NoDefaultInit(TorchFunctionMode):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from config.schema import ModelConfig
+from config.model import ModelConfig
 from model.attention import Attention
 from model.cache import KVCache
 from model.feed_forward import FeedForward

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from config.errors import UserError
 from config.load import load_config
-from config.schema import ModelConfig
+from config.model import ModelConfig
 from model.huggingface import from_huggingface, to_huggingface
 from model.transformer import Transformer
 

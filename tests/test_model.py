@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config.load import load_config
-from config.schema import ModelConfig
+from config.model import ModelConfig
 from model import loss as loss_module
 from model.attention import attend
 from model.cache import KVCache

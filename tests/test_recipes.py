@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from config.load import CONFIG_DIR, load_config
-from config.schema import Config, ModelConfig
+from config.model import ModelConfig
+from config.schema import Config
 from model.transformer import Transformer
 
 RECIPES = sorted((CONFIG_DIR / "recipes").glob("*.yaml"))

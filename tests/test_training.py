@@ -17,7 +17,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from config.errors import UserError
-from config.schema import ScheduleConfig, ShortSequencesConfig
+from config.training import ScheduleConfig, ShortSequencesConfig
 from model.transformer import Transformer
 from tests.small_runs import (
     SMALL,

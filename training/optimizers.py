@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config.schema import TrainingConfig
+from config.training import TrainingConfig
 from training.muon import Muon
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from config.errors import UserError
-from config.schema import Config, ModelConfig, TrainingConfig, divisors
+from config.model import ModelConfig
+from config.schema import Config
+from config.section import divisors
+from config.training import TrainingConfig
 
 
 @dataclass(frozen=True, slots=True)

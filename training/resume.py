@@ -8,7 +8,8 @@ from typing import Any
 
 from config.errors import UserError
 from config.load import load_config, read_setting
-from config.schema import Config, ModelConfig
+from config.model import ModelConfig
+from config.schema import Config
 from model.checkpoint import checkpoint_config, load_checkpoint, resolve_checkpoint
 from training.plan import sequence_length
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from config.schema import ScheduleConfig, ShortSequencesConfig
+from config.training import ScheduleConfig, ShortSequencesConfig
 
 
 def rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:

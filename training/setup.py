@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from config.errors import UserError
-from config.schema import Config, TrainingConfig
+from config.schema import Config
+from config.training import TrainingConfig
 from model.checkpoint import load_weights
 from model.transformer import Transformer
 from training import randomness

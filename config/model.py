@@ -1,0 +1,74 @@
+"""The typed form of the model's shape and parts; what each key means stands in the YAML."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from config.section import PositiveInt, Rate, Section, divisors
+
+
+class ModelConfig(Section):
+    """Shape and parts of the transformer."""
+
+    variant: str
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt | None
+    d_model: PositiveInt
+    d_ff: PositiveInt | None
+    context_length: PositiveInt
+    vocab_size: PositiveInt | None
+    position: Literal["learned", "rope"]
+    rope_theta: Rate
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_eps: Rate
+    activation: Literal["gelu", "swiglu", "squared_relu"]
+    bias: bool
+    tie_embeddings: bool
+    qk_norm: bool
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    init_std: Rate
+    zero_init_projections: bool
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads; fewer than `n_heads` is grouped-query attention."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def feed_forward_dim(self) -> int:
+        """Hidden width of the feed-forward layer; `d_ff: null` means four times `d_model`."""
+        return self.d_ff or 4 * self.d_model
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: `vocab_size` rounded up to a multiple of 128, which matrix kernels like."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is not known yet: it comes from the tokenizer")
+        return -(-self.vocab_size // 128) * 128
+
+    @model_validator(mode="after")
+    def _combinations(self) -> ModelConfig:
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"n_heads: d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
+                f"choose n_heads from {divisors(self.d_model)}"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_kv_heads: n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}; "
+                f"choose n_kv_heads from {divisors(self.n_heads)}"
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"n_heads: rotary positions need an even head width, but d_model / n_heads = {self.head_dim}; "
+                "choose another n_heads, or position: learned"
+            )
+        return self

@@ -1,0 +1,104 @@
+"""The typed form of the training loop's settings; what each key means stands in the YAML."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from config.section import Fraction, PositiveInt, Rate, Section, divisors
+
+
+class AdamWConfig(Section):
+    """AdamW (Loshchilov and Hutter, 2019): for every parameter, or beside Muon for all that is not a hidden matrix."""
+
+    learning_rate: Rate
+    beta1: Fraction
+    beta2: Fraction
+    eps: Rate
+    weight_decay: Annotated[float, Field(ge=0.0)]
+
+
+class MuonConfig(Section):
+    """Muon (Jordan et al., 2024): momentum orthogonalised by Newton-Schulz steps, for the hidden matrices."""
+
+    learning_rate: Rate
+    momentum: Fraction
+    newton_schulz_steps: PositiveInt
+    weight_decay: Annotated[float, Field(ge=0.0)]
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the course of the run, as a factor of each group's own rate."""
+
+    name: Literal["cosine", "wsd", "constant"]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    decay_fraction: Fraction
+    final_fraction: Fraction
+
+
+class ShortSequencesConfig(Section):
+    """Short sequences first: each window is cut into pieces of `length` tokens for the first part of the run."""
+
+    length: PositiveInt | None
+    fraction: Fraction
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "off"]
+    project: str
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, mode: object) -> object:
+        """YAML reads a bare `off` as false."""
+        return "off" if mode is False else mode
+
+
+class TrainingConfig(Section):
+    """One run of the training loop."""
+
+    run_name: str | None
+    runs_dir: str
+    checkpoint_dir: str
+    seed: Annotated[int, Field(ge=0)]
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    compile: Literal["auto", True, False]
+    max_steps: PositiveInt | None
+    epochs: Rate | None
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    sequence_length: PositiveInt | None
+    short_sequences: ShortSequencesConfig
+    gradient_checkpointing: Literal["none", "selective", "full"]
+    optimizer: Literal["adamw", "muon"]
+    adamw: AdamWConfig
+    muon: MuonConfig
+    schedule: ScheduleConfig
+    gradient_clip: Annotated[float, Field(ge=0.0)]
+    log_interval: PositiveInt
+    eval_interval: PositiveInt
+    eval_tokens: PositiveInt
+    sample_interval: Annotated[int, Field(ge=0)]
+    sample_prompt: str
+    checkpoint_interval: PositiveInt
+    keep_last: PositiveInt
+    keep_best: bool
+    wandb: WandbConfig
+
+    @model_validator(mode="after")
+    def _combinations(self) -> TrainingConfig:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError(
+                "max_steps: set exactly one of max_steps and epochs, and the other one to null, "
+                "such as training.max_steps=null training.epochs=3"
+            )
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size: batch_size={self.batch_size} is not divisible by "
+                f"micro_batch_size={self.micro_batch_size}; choose from {divisors(self.batch_size)}"
+            )
+        return self
