@@ -24,7 +24,7 @@ from data.pipeline.keys import add_keys, drop_duplicates, in_order, key_range
 from data.pipeline.rules import apply_rules, length_rules
 from data.pipeline.runs import RUN_SCHEMA, read_range, run_writer
 from data.pipeline.shards import Passes, assemble, encode_documents, plan_files, write_shard
-from data.pipeline.split import choose_split, cut_position, divide, enough_documents, lowest
+from data.pipeline.split import choose_split, cut_position, decisive, divide, enough_documents
 from data.tokenization import Tokenizer
 from tests.recorder import Recorder
 from tests.workspace import small_tokenizer
@@ -172,9 +172,20 @@ class TestSplit:
             train, held_out = divide(documents, choose_split(documents["split"].to_numpy(), 0.02))
             assert len(held_out) >= 1 and len(train) >= 50
 
+    @pytest.mark.parametrize("parts", [1, 2, 7])
+    def test_at_least_one_document_is_left_to_train_on(self, parts: int) -> None:
+        """Half of two documents would be both of them in a quarter of all corpora."""
+        for fraction, number in ((0.5, 2), (0.5, 3), (0.9, 2), (0.99, 40)):
+            for seed in range(20):
+                documents = add_keys(frame(*[f"corpus {seed} text {number}" for number in range(number)]), 0)
+                hashes = documents["split"].to_numpy()
+                known = np.concatenate([decisive(hashes[part::parts], fraction) for part in range(parts)])
+                train, held_out = divide(documents, choose_split(known, fraction))
+                assert len(train) and len(held_out)
+
     def test_parts_of_a_corpus_know_enough_together(self) -> None:
         hashes = add_keys(frame(*[f"text {number}" for number in range(500)]), 0)["split"].to_numpy()
-        parts = np.concatenate([lowest(hashes[part::7], 0.02) for part in range(7)])
+        parts = np.concatenate([decisive(hashes[part::7], 0.02) for part in range(7)])
         assert choose_split(parts, 0.02) == choose_split(hashes, 0.02)
 
     def test_few_documents_are_cut(self) -> None:

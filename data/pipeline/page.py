@@ -10,7 +10,7 @@ from typing import Any
 from config.pages import render
 from data.funnel import Funnel, total
 from data.pipeline.language import identify
-from data.pipeline.report import SPLIT_NOTES, SPLITS, funnel_rows
+from data.pipeline.report import SPLIT_NOTES, SPLITS, contamination_rows, steps
 from data.pipeline.survey import Survey, repeated_phrases
 from data.tokens import TokensManifest
 
@@ -38,7 +38,7 @@ def page(manifest: TokensManifest, surveys: Mapping[str, Survey]) -> str:
         note=SPLIT_NOTES[manifest.validation],
         source_headings=("source", "documents read", "kept", "tokens to train", "share", "epochs", "bytes per token"),
         source_rows=[_source_row(manifest, name) for name in manifest.sources],
-        contaminated=[(name, f"{number:,}") for name, number in manifest.contaminated.items()],
+        contaminated=contamination_rows(manifest),
         sources=[_source(name, funnel, surveys[name]) for name, funnel in manifest.funnel.items()],
     )
 
@@ -78,12 +78,11 @@ def _source(name: str, funnel: Funnel, survey: Survey) -> dict[str, Any]:
 
 def _funnel(funnel: Funnel) -> list[tuple[str, str, str, str, float, bool]]:
     """The rows of the terminal's funnel, each with the length of its bar and whether it counts what was lost."""
-    read = max(1, funnel.read.documents)
-    rows = []
-    for name, documents, size, share in funnel_rows(funnel):
-        fraction = min(1.0, int(documents.replace(",", "")) / read)
-        rows.append((name, documents, size, share, fraction, name not in ("read", "kept")))
-    return rows
+    read = funnel.read.documents
+    return [
+        (*step.cells(read), min(1.0, step.documents / max(1, read)), step.name not in ("read", "kept"))
+        for step in steps(funnel)
+    ]
 
 
 def _bars(counts: Iterable[tuple[str, int]], of: int | None = None) -> list[Bar]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from data.funnel import Funnel, total
 from data.tokens import Split, TokensManifest
@@ -17,21 +18,34 @@ CONTAMINATION_HEADINGS = ("evaluation set", "documents that share text with it")
 FUNNEL_HEADINGS = ("step", "documents", "bytes", "share of documents")
 
 
+class Step(NamedTuple):
+    """One step of a funnel; `bytes` is None where none are counted, and negative where text was taken away."""
+
+    name: str
+    documents: int
+    bytes: int | None = None
+
+    def cells(self, read: int) -> tuple[str, str, str, str]:
+        """Its name, documents, bytes, and share of the `read` documents."""
+        share = f"{self.documents / read:.2%}" if read else ""
+        return self.name, f"{self.documents:,}", "" if self.bytes is None else f"{self.bytes:,}", share
+
+
+def steps(funnel: Funnel) -> list[Step]:
+    """What became of the records of a source, or of all, from top to bottom."""
+    return [
+        *[Step(f"unreadable: {reason}", count) for reason, count in sorted(funnel.bad.items())],
+        Step("read", funnel.read.documents, funnel.read.bytes),
+        Step("mended", funnel.cleaned.documents, -funnel.cleaned.bytes),
+        *([Step("trimmed", funnel.trimmed.documents, -funnel.trimmed.bytes)] if funnel.trimmed.documents else []),
+        *[Step(f"dropped: {rule}", drop.documents, -drop.bytes) for rule, drop in sorted(funnel.dropped.items())],
+        Step("kept", funnel.kept.documents, funnel.kept.bytes),
+    ]
+
+
 def funnel_rows(funnel: Funnel) -> list[tuple[str, str, str, str]]:
     """One row per step: its name, documents, bytes, and share of the documents that were read."""
-
-    def row(name: str, documents: int, size: int | None = None) -> tuple[str, str, str, str]:
-        share = f"{documents / funnel.read.documents:.2%}" if funnel.read.documents else ""
-        return name, f"{documents:,}", "" if size is None else f"{size:,}", share
-
-    return [
-        *[row(f"unreadable: {reason}", count) for reason, count in sorted(funnel.bad.items())],
-        row("read", funnel.read.documents, funnel.read.bytes),
-        row("mended", funnel.cleaned.documents, -funnel.cleaned.bytes),
-        *([row("trimmed", funnel.trimmed.documents, -funnel.trimmed.bytes)] if funnel.trimmed.documents else []),
-        *[row(f"dropped: {rule}", drop.documents, -drop.bytes) for rule, drop in sorted(funnel.dropped.items())],
-        row("kept", funnel.kept.documents, funnel.kept.bytes),
-    ]
+    return [step.cells(funnel.read.documents) for step in steps(funnel)]
 
 
 def split_rows(manifest: TokensManifest) -> list[tuple[str, str, str, str]]:

@@ -1,7 +1,8 @@
 """The split: which text trains and which is held out.
 
 A document is held out when the hash of its content is among the lowest `validation_fraction` of all hashes; the lowest
-one always is. So the choice depends on the content alone: not on order, seed, tasks or what else is in the corpus.
+one always is, and the highest one never. So but for these two the choice depends on the content alone: not on order,
+seed, tasks or what else is in the corpus.
 Where a corpus has so few documents that the fraction would not make one of them, whole documents are too coarse a
 measure (a single book!), and the last part of each is held out instead.
 """
@@ -32,17 +33,22 @@ def enough_documents(fraction: float) -> int:
     return min(math.ceil(1 / fraction), MOST_TAILS)
 
 
-def lowest(hashes: NDArray[np.uint64], fraction: float) -> NDArray[np.uint64]:
-    """The lowest different split hashes, ascending: as many as `choose_split` needs from each part of a corpus."""
-    return np.unique(hashes)[: enough_documents(fraction)]
+def decisive(hashes: NDArray[np.uint64], fraction: float) -> NDArray[np.uint64]:
+    """The different split hashes, ascending, that `choose_split` needs from each part of a corpus.
+
+    They are the lowest ones, as many as show that there are enough documents, and the highest one.
+    """
+    different = np.unique(hashes)
+    return np.unique(np.concatenate([different[: enough_documents(fraction)], different[-1:]]))
 
 
 def choose_split(hashes: NDArray[np.uint64], fraction: float) -> HeldOut:
-    """The split for a corpus of which `hashes` are the lowest split hashes."""
-    different = lowest(hashes, fraction)
+    """The split for a corpus of which `hashes` are the decisive ones of its parts, in any order."""
+    different = np.unique(hashes)
     if len(different) < enough_documents(fraction):
         return HeldOut(None, fraction)
-    return HeldOut(max(int(different[0]), min(int(fraction * 2**64), UINT64)), fraction)
+    threshold = max(int(different[0]), min(int(fraction * 2**64), UINT64))
+    return HeldOut(min(threshold, int(different[-1]) - 1), fraction)
 
 
 def divide(frame: pl.DataFrame, split: HeldOut) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -36,7 +36,7 @@ from data.pipeline.language import check_languages, in_other_language
 from data.pipeline.rules import apply_rules, length_rules
 from data.pipeline.runs import run_writer
 from data.pipeline.shards import FilePlan, assemble, write_shard
-from data.pipeline.split import HeldOut, divide, lowest
+from data.pipeline.split import HeldOut, decisive, divide
 from data.pipeline.survey import Survey, see_dropped, see_kept
 from data.tokenization import load_tokenizer
 from data.tokenization.protocol import Tokenizer
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
 
 
 class CleanReport(BaseModel):
-    """What one task of the first stage has to tell: a funnel and a survey per source, and the lowest split hashes."""
+    """What one task of the first stage has to tell: a funnel and a survey per source, decisive split hashes."""
 
     funnels: list[Funnel]
     surveys: list[Survey]
-    lowest: list[int]
+    hashes: list[int]
 
 
 class CleanStage(Stage):
@@ -115,7 +115,7 @@ class CleanStage(Stage):
                     hits += result.hits
                     frame = result.kept
                 frame = add_keys(frame, self.data.seed)
-                hashes = lowest(np.append(hashes, frame["split"].to_numpy()), settings.validation_fraction)
+                hashes = decisive(np.append(hashes, frame["split"].to_numpy()), settings.validation_fraction)
                 runs.add(frame)
                 advance(documents)
         for record in bad:
@@ -126,14 +126,14 @@ class CleanStage(Stage):
             from data.decontamination.hits import write_hits
 
             write_hits(self.folder / f"{part:05d}.hits", hits)
-        report = CleanReport(funnels=funnels, surveys=surveys, lowest=hashes.tolist())
+        report = CleanReport(funnels=funnels, surveys=surveys, hashes=hashes.tolist())
         write_text(self.folder / f"{part:05d}.json", report.model_dump_json())
 
 
 class SurvivorReport(BaseModel):
-    """The lowest split hashes of the documents of one range that are left."""
+    """The decisive split hashes of the documents of one range that are left."""
 
-    lowest: list[int]
+    hashes: list[int]
 
 
 class SurvivorStage(Stage):
@@ -149,7 +149,7 @@ class SurvivorStage(Stage):
 
     def work(self, part: int, parts: int) -> None:
         hashes = self.selection.read(part, parts).kept["split"].to_numpy()
-        report = SurvivorReport(lowest=lowest(hashes, self.fraction).tolist())
+        report = SurvivorReport(hashes=decisive(hashes, self.fraction).tolist())
         write_text(self.folder / f"{part:05d}.json", report.model_dump_json())
         advance(len(hashes))
 

@@ -116,7 +116,7 @@ class Work:
         return surveys
 
     def _clean(self) -> tuple[list[Funnel], NDArray[np.uint64]]:
-        """The first stage: the funnel of every source, duplicates between tasks still in it; lowest split hashes."""
+        """The first stage: the funnel of every source, duplicates between tasks still in it; decisive split hashes."""
         settings, folder = self.data.preprocess, self.folder / "clean"
         evaluation = self.folder / EVALUATION if settings.decontamination.sets else None
         if evaluation is not None and not evaluation.exists():
@@ -131,7 +131,7 @@ class Work:
         merge_quarantine(parts, self.folder / QUARANTINE)
         self._check_readable(funnels)
         _check_something_left(funnels)
-        return funnels, np.array([value for report in reports for value in report.lowest], np.uint64)
+        return funnels, np.array([value for report in reports for value in report.hashes], np.uint64)
 
     def _ranges(self, funnels: list[Funnel]) -> int:
         """Into how many key ranges the corpus is cut, so that a task can hold one in memory."""
@@ -143,7 +143,7 @@ class Work:
     def _deduplicate(
         self, funnels: list[Funnel], hashes: NDArray[np.uint64], ranges: int
     ) -> tuple[Selection, NDArray[np.uint64]]:
-        """The stages between: what is left of the corpus, and the lowest split hashes of that."""
+        """The stages between: what is left of the corpus, and the decisive split hashes of that."""
         settings, (documents, size) = self.data.preprocess, _remaining(funnels)
         runs = tuple(self.folder / "clean" / f"{part:05d}.arrow" for part in range(settings.tasks))
         selection = Selection(runs, settings)
@@ -160,7 +160,7 @@ class Work:
         folder = self.folder / "survivors"
         run(SurvivorStage(selection, settings.validation_fraction, folder), ranges)
         reports = [SurvivorReport.model_validate_json(text) for text in _reports(folder, ranges)]
-        return selection, np.array([value for report in reports for value in report.lowest], np.uint64)
+        return selection, np.array([value for report in reports for value in report.hashes], np.uint64)
 
     def _tokenize(self, funnels: list[Funnel], split: HeldOut, selection: Selection, parts: int) -> list[Path]:
         """The shards in order; completes the funnels."""
