@@ -31,6 +31,7 @@ class ModelConfig(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
     init_std: Rate
     zero_init_projections: bool
+    logit_soft_cap: Rate | None
 
     @property
     def head_dim(self) -> int:

@@ -79,6 +79,7 @@ class TrainingConfig(Section):
     muon: MuonConfig
     schedule: ScheduleConfig
     gradient_clip: Annotated[float, Field(ge=0.0)]
+    z_loss: Annotated[float, Field(ge=0.0)]
     log_interval: PositiveInt
     eval_interval: PositiveInt
     eval_tokens: PositiveInt

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from config.earlier import with_keys_added_since
 from config.errors import UserError
 from config.files import atomic_write
 from config.load import config_from_dict
@@ -85,6 +86,7 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
         raise UserError(f"{path} is not a checkpoint of this program: it lacks the weights or the configuration.")
     if state.get("format") != FORMAT:
         raise UserError(f"{path} has checkpoint format {state.get('format')}; this version reads format {FORMAT}.")
+    state["config"] = with_keys_added_since(state["config"])
     return state
 
 

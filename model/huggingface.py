@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config.earlier import BEFORE
 from config.errors import UserError
 from config.model import ModelConfig
 from model.transformer import Transformer
@@ -60,7 +61,8 @@ def to_huggingface(model: Transformer) -> Any:
     }
     theirs: Any
     if config.position == "learned":
-        _require("GPT-2", config, norm="layernorm", activation="gelu", qk_norm=False, n_kv_heads=config.n_heads)
+        gpt2 = {"norm": "layernorm", "activation": "gelu", "qk_norm": False, "n_kv_heads": config.n_heads}
+        _require("GPT-2", config, **gpt2, **BEFORE["model"])
         theirs = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
                 n_positions=config.context_length,
@@ -77,7 +79,7 @@ def to_huggingface(model: Transformer) -> Any:
         )
         state = _to_gpt2(weights, config)
     else:
-        _require("Llama", config, norm="rmsnorm", activation="swiglu", qk_norm=False)
+        _require("Llama", config, norm="rmsnorm", activation="swiglu", qk_norm=False, **BEFORE["model"])
         theirs = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
                 max_position_embeddings=config.context_length,
@@ -143,7 +145,7 @@ def _require(counterpart: str, config: ModelConfig, **needed: Any) -> None:
 
 
 def _yaml(value: Any) -> str:
-    return str(value).lower()
+    return "null" if value is None else str(value).lower()
 
 
 def _llama_names(config: ModelConfig) -> dict[str, str]:
@@ -245,6 +247,7 @@ def _config_of_gpt2(theirs: Any) -> ModelConfig:
         dropout=theirs.resid_pdrop,
         init_std=theirs.initializer_range,
         zero_init_projections=False,
+        **BEFORE["model"],
     )
 
 
@@ -278,4 +281,5 @@ def _config_of_llama(theirs: Any) -> ModelConfig:
         dropout=0.0,
         init_std=theirs.initializer_range,
         zero_init_projections=False,
+        **BEFORE["model"],
     )

@@ -15,7 +15,7 @@ from model.attention import Attention
 from model.cache import KVCache
 from model.feed_forward import FeedForward
 from model.init import NoDefaultInit, initialise
-from model.loss import linear_cross_entropy
+from model.loss import linear_cross_entropy, soft_capped
 from model.norms import make_norm
 from model.positions import RotaryTables, Rotation
 
@@ -57,6 +57,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing: GradientCheckpointing = "none"
+        self.z_loss = 0.0
         self.position_embedding = self.rotary = self.head = None
         with NoDefaultInit():
             self.token_embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
@@ -81,14 +82,15 @@ class Transformer(nn.Module):
 
         Without `targets`: logits `(batch, T, vocab_size)`. With `targets` `(batch, T)` int64: the sum of the
         cross-entropy in nats, a float32 scalar, over the targets that are not -100; divide it by their global number.
+        Where `z_loss` is set, its gradient also pulls log(sum(exp(logits))) towards 0; see `linear_cross_entropy`.
         With a cache, `tokens` continue each row at `cache.lengths`, which grow by T. Raises ValueError where T tokens
         do not fit into the context or the cache.
         """
         hidden = self._hidden(tokens, cache)
         if targets is not None:
-            flat = hidden.flatten(0, 1)
-            return linear_cross_entropy(flat, self.output_weight, targets.flatten(), self._vocab_size)
-        return F.linear(hidden, self.output_weight)[..., : self._vocab_size]
+            flat, cap = hidden.flatten(0, 1), self.config.logit_soft_cap
+            return linear_cross_entropy(flat, self.output_weight, targets.flatten(), self._vocab_size, cap, self.z_loss)
+        return self._logits(hidden)
 
     def next_logits(self, tokens: Tensor, cache: KVCache, last: Tensor) -> Tensor:
         """Run `tokens` as `forward` does, but give only the logits after position `last` `(batch,)` of each row.
@@ -97,7 +99,11 @@ class Transformer(nn.Module):
         """
         hidden = self._hidden(tokens, cache)
         chosen = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
-        return F.linear(chosen, self.output_weight)[:, : self._vocab_size]
+        return self._logits(chosen)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits `(..., vocab_size)` of `hidden` `(..., d_model)`."""
+        return soft_capped(F.linear(hidden, self.output_weight)[..., : self._vocab_size], self.config.logit_soft_cap)
 
     def _hidden(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
         """The normalised last residual stream `(batch, T, d_model)`."""

@@ -143,6 +143,17 @@ def test_missing_file(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "model_step_9.pt")
 
 
+def test_a_checkpoint_older_than_an_option_means_a_model_without_it(saved: Path) -> None:
+    state = load_checkpoint(saved)
+    state["config"]["training"].pop("z_loss")
+    for option in ("logit_soft_cap",):
+        state["config"]["model"].pop(option)
+    save_checkpoint(saved, {key: value for key, value in state.items() if key != "format"})
+    model, info = load_model(saved)
+    assert model.config.logit_soft_cap is None
+    assert info.config["training"]["z_loss"] == 0.0
+
+
 def test_another_model_is_named_key_by_key(saved: Path) -> None:
     other = Transformer(small_config("model.n_layers=2", "model.d_model=32", "model.qk_norm=false").model)
     before = {name: weight.clone() for name, weight in other.state_dict().items()}

@@ -202,8 +202,30 @@ class TestLoss:
         for name, grad in gradients(model, 0.25 * expected).items():
             torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5)
 
-    def test_padding_of_the_vocabulary_takes_no_part(self, model: Transformer) -> None:
-        tokens = random_tokens(2, 32)
+    @pytest.mark.parametrize(("cap", "z_loss"), [(None, 0.3), (3.0, 0.0), (3.0, 0.3)])
+    def test_soft_cap_and_z_loss_equal_their_formulas(
+        self, monkeypatch: pytest.MonkeyPatch, cap: float | None, z_loss: float
+    ) -> None:
+        monkeypatch.setattr(loss_module, "CPU_CHUNK", 24)
+        model = Transformer(small_config(logit_soft_cap=cap))
+        model.z_loss = z_loss
+        tokens, targets = random_tokens(2, 32), random_tokens(2, 32, seed=1)
+        targets[0, :9] = -100
+        logits, wanted = model(tokens).flatten(0, 1), targets.flatten()
+        plain = F.linear(model.final_norm(_last_residual(model, tokens)), model.output_weight)[..., :VOCABULARY]
+        torch.testing.assert_close(logits, (plain if cap is None else cap * torch.tanh(plain / cap)).flatten(0, 1))
+        expected = F.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum")
+        loss = model(tokens, targets)
+        torch.testing.assert_close(loss, expected)
+        term = z_loss * (logits.logsumexp(-1).square() * (wanted != -100)).sum()
+        found = gradients(model, 0.25 * loss)
+        for name, grad in gradients(model, 0.25 * (expected + term)).items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("cap", [None, 3.0])
+    def test_padding_of_the_vocabulary_takes_no_part(self, cap: float | None) -> None:
+        model, tokens = Transformer(small_config(logit_soft_cap=cap)), random_tokens(2, 32)
+        model.z_loss = 0.1
         before = model(tokens, tokens)
         with torch.no_grad():
             model.output_weight[VOCABULARY:] = 1e4
@@ -427,6 +449,15 @@ class TestKVCache:
                 logits = step(tokens[:, i : i + 1], cache=cache)
                 torch.testing.assert_close(logits[:, 0], full[:, i], rtol=1e-4, atol=1e-4)
         assert compilations == 1
+
+
+def _last_residual(model: Transformer, tokens: Tensor) -> Tensor:
+    """What the final norm is given."""
+    seen: list[Tensor] = []
+    handle = model.final_norm.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    model(tokens)
+    handle.remove()
+    return seen[0]
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -80,6 +80,18 @@ class TestLoss:
         assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert row["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
 
+    def test_the_reported_loss_leaves_out_the_z_loss_that_is_trained(self) -> None:
+        source, model = RandomSamples(8, 32), new_transformer()
+        result = train_here(source, "training.max_steps=1", "training.log_interval=1", "training.z_loss=0.5")
+        inputs, targets = (torch.stack([torch.tensor(source.sample(row)[part]) for row in range(8)]) for part in (0, 1))
+        logits = model(inputs).flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, targets.flatten())
+        (loss + 0.5 * logits.logsumexp(-1).square().mean()).backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        (row,) = metrics(result.run_dir)
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert row["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
+
     def test_a_batch_without_a_valid_token_is_left_out_and_counted(self) -> None:
         nothing = RandomSamples(8, 32, lambda row: slice(None))
         result = train_here(nothing, model=new_transformer())

@@ -72,6 +72,7 @@ def train(
 
         model = new_model(config, process.device) if model is None else model.to(process.device)
         model.set_gradient_checkpointing(training.gradient_checkpointing)
+        model.z_loss = training.z_loss
         optimizers = make_optimizers(model, training, compiled=compiling and process.device.type == "cuda")
         progress = Progress(samples=len(source), data_fingerprint=data_fingerprint)
         state: dict[str, Any] = {}

@@ -1,0 +1,30 @@
+"""Configurations saved before a key existed: what the program did then.
+
+A default may be anything that is good for new runs, so it cannot stand for what an older checkpoint was trained with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+BEFORE: dict[str, Any] = {
+    "model": {
+        "logit_soft_cap": None,
+    },
+    "training": {
+        "z_loss": 0.0,
+    },
+}
+
+
+def with_keys_added_since(saved: Any, before: dict[str, Any] = BEFORE) -> Any:
+    """`saved`, the resolved configuration of an earlier run, with the keys of `before` that its sections lack."""
+    if not isinstance(saved, dict):
+        return saved
+    whole = dict(saved)
+    for key, value in before.items():
+        if not isinstance(value, dict):
+            whole.setdefault(key, value)
+        elif key in whole:
+            whole[key] = with_keys_added_since(whole[key], value)
+    return whole
