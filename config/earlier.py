@@ -10,6 +10,8 @@ from typing import Any
 BEFORE: dict[str, Any] = {
     "model": {
         "logit_soft_cap": None,
+        "value_embeddings": "none",
+        "residual_scaling": False,
     },
     "training": {
         "z_loss": 0.0,

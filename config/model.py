@@ -32,6 +32,8 @@ class ModelConfig(Section):
     init_std: Rate
     zero_init_projections: bool
     logit_soft_cap: Rate | None
+    value_embeddings: Literal["none", "alternate", "all"]
+    residual_scaling: bool
 
     @property
     def head_dim(self) -> int:
@@ -42,6 +44,12 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         """Number of key and value heads; fewer than `n_heads` is grouped-query attention."""
         return self.n_kv_heads or self.n_heads
+
+    @property
+    def value_embedding_layers(self) -> list[int]:
+        """The layers with a table of values of their own: `alternate` has the last one and every second before it."""
+        step = {"none": self.n_layers + 1, "alternate": 2, "all": 1}[self.value_embeddings]
+        return list(range(self.n_layers - 1, -1, -step))[::-1] if step <= self.n_layers else []
 
     @property
     def feed_forward_dim(self) -> int:

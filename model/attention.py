@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,13 +15,31 @@ from model.positions import Rotation, rotate
 
 # Up to this many tokens plain products beat the CPU's flash kernel in bfloat16; from 1024 on it is the other way round.
 SHORT = 512
+GATE_CHANNELS = 12  # of a layer's input, which open the gate of its value embedding
+
+
+class Shared(NamedTuple):
+    """What all layers of one forward pass over `(batch, T)` tokens have in common.
+
+    With a cache, new keys and values go to `positions` `(batch, T)` of it. `mask` `(batch, 1, T, positions)` is true
+    where a query may look; without one each token looks at itself and the tokens before it.
+    """
+
+    embedding: Tensor
+    """`(batch, T, d_model)`: what the first layer was given."""
+    rotation: Rotation | None
+    cache: KVCache | None
+    positions: Tensor | None
+    mask: Tensor | None
 
 
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al., 2017), grouped-query where `n_kv_heads` is smaller (Ainslie et al., 2023).
 
     With `qk_norm`, queries and keys are divided by their root mean square per head (Henry et al., 2020), without a
-    learned scale.
+    learned scale. In layers with a value embedding (Zhou et al., 2024, as simplified in modded-nanogpt), a vector that
+    depends on the token alone is added to the values, times a gate in (0, 2) per head that opens by the first channels
+    of the input (nanochat, 2026) and starts at 1.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -33,28 +53,27 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.d_model, kv_width, bias=config.bias)
         self.value = nn.Linear(config.d_model, kv_width, bias=config.bias)
         self.output = nn.Linear(width, config.d_model, bias=config.bias)
+        self.value_gate: nn.Linear | None = None
+        if layer in config.value_embedding_layers:
+            self.value_gate = nn.Linear(min(GATE_CHANNELS, config.d_model), config.kv_heads, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: Rotation | None,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared, value_embedding: Tensor | None = None) -> Tensor:
         """Mix `x` `(batch, T, d_model)` over time.
 
-        With a cache, the new keys and values go to `positions` `(batch, T)` of it. `mask` `(batch, 1, T, positions)` is
-        true where a query may look; without one each token looks at itself and the tokens of `x` before it.
+        `value_embedding` `(batch, T, kv_heads * head_dim)` is added to the values, through the gate of each head.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         query, key, value = self.query(x).view(heads), self.key(x).view(heads), self.value(x).view(heads)
+        if self.value_gate is not None and value_embedding is not None:
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))
+            value = torch.addcmul(value, gate.unsqueeze(-1), value_embedding.to(value.dtype).view(heads))
         if self.qk_norm:
             query = rms_norm(query, None, self.norm_eps)
             key = rms_norm(key, None, self.norm_eps)
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
+        if shared.rotation is not None:
+            query, key = rotate(query, shared.rotation), rotate(key, shared.rotation)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        cache, positions, mask = shared.cache, shared.positions, shared.mask
         if cache is not None and positions is not None:
             seen_keys, seen_values = cache.update(self.layer, key.transpose(1, 2), value.transpose(1, 2), positions)
             if mask is not None:
@@ -67,7 +86,7 @@ class Attention(nn.Module):
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Attention of `query` `(batch, heads, T, head_dim)` to `key` and `value` `(batch, kv_heads, S, head_dim)`.
 
-    `mask` is as in `Attention.forward`; the result has the shape of `query`. PyTorch's scaled_dot_product_attention
+    `mask` is as in `Shared`; the result has the shape of `query`. PyTorch's scaled_dot_product_attention
     takes a flash kernel where there is one and shares keys among the heads of a group without repeating them.
     """
     grouped = query.shape[1] != key.shape[1]

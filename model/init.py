@@ -35,14 +35,15 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter of `model`, as a function of (seed, name of the parameter, shape) alone.
 
     Matrices are normal with deviation `init_std`; those that write to the residual stream are divided by
-    sqrt(2 * n_layers) (Radford et al., 2019), or start at zero with `zero_init_projections`. Scales are one; biases and
-    the rows that pad the vocabulary are zero. The numbers are drawn on the CPU, so every device gets the same ones.
+    sqrt(2 * n_layers) (Radford et al., 2019), or start at zero with `zero_init_projections`. Scales are one; biases,
+    gates, the scales of the embedding that is added again, and the rows that pad the vocabulary are zero. The numbers
+    are drawn on the CPU, so every device gets the same ones.
     """
     projection_std = 0.0 if config.zero_init_projections else config.init_std / math.sqrt(2 * config.n_layers)
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", ".residual_scale")):
             parameter.fill_(1.0)
-        elif name.endswith(".bias"):
+        elif name.endswith((".bias", ".value_gate.weight", ".embedding_scale")):
             parameter.zero_()
         elif name.endswith((".output.weight", ".down.weight")):
             _fill_normal(parameter, projection_std, name, seed)
@@ -50,7 +51,7 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
             _fill_normal(parameter, config.init_std, name, seed)
         elif name == "position_embedding.weight":
             _fill_normal(parameter, config.init_std, name, seed)
-        elif name in ("token_embedding.weight", "head.weight"):
+        elif name in ("token_embedding.weight", "head.weight") or name.startswith("value_embeddings."):
             _fill_normal(parameter, config.init_std, name, seed)
             parameter[config.vocab_size :] = 0.0
         else:

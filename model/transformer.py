@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from config.model import ModelConfig
-from model.attention import Attention
+from model.attention import Attention, Shared
 from model.cache import KVCache
 from model.feed_forward import FeedForward
 from model.init import NoDefaultInit, initialise
@@ -23,7 +23,11 @@ GradientCheckpointing = Literal["none", "selective", "full"]
 
 
 class Block(nn.Module):
-    """Attention and feed-forward layer, each normalised before and added to the residual stream after."""
+    """Attention and feed-forward layer, each normalised before and added to the residual stream after.
+
+    With `residual_scaling` the stream is scaled before, and the embedding added to it again, by two learned scalars
+    that start at 1 and 0 (modded-nanogpt, 2024).
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -31,17 +35,16 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.feed_forward_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
+        self.residual_scale: nn.Parameter | None = None
+        self.embedding_scale: nn.Parameter | None = None
+        if config.residual_scaling:
+            self.residual_scale, self.embedding_scale = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: Rotation | None,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared, value_embedding: Tensor | None = None) -> Tensor:
         """One step of the residual stream `x` `(batch, T, d_model)`."""
-        x = x + self.attention(self.attention_norm(x), rotation, cache, positions, mask)
+        if self.residual_scale is not None and self.embedding_scale is not None:
+            x = x * self.residual_scale + shared.embedding * self.embedding_scale
+        x = x + self.attention(self.attention_norm(x), shared, value_embedding)
         y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
         return y
 
@@ -65,6 +68,12 @@ class Transformer(nn.Module):
                 self.position_embedding = nn.Embedding(config.context_length, config.d_model)
             else:
                 self.rotary = RotaryTables(config.head_dim, config.context_length, config.rope_theta)
+            self.value_embeddings = nn.ModuleDict(
+                {
+                    str(layer): nn.Embedding(config.padded_vocab_size, config.kv_heads * config.head_dim)
+                    for layer in config.value_embedding_layers
+                }
+            )
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
             self.final_norm = make_norm(config)
             if not config.tie_embeddings:
@@ -114,13 +123,15 @@ class Transformer(nn.Module):
         x = self.token_embedding(tokens)
         rotation: Rotation | None = None
         if self.position_embedding is not None:
-            table = self.position_embedding.weight
-            x = x + (table[:length] if positions is None else F.embedding(positions, table))
+            vectors = self.position_embedding.weight
+            x = x + (vectors[:length] if positions is None else F.embedding(positions, vectors))
         elif self.rotary is not None:
             rotation = self.rotary(length if positions is None else positions)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.blocks:
-            x = self._run(block, x, rotation, cache, positions, mask)
+        shared = Shared(x, rotation, cache, positions, mask)
+        for layer, block in enumerate(self.blocks):
+            table = self.value_embeddings[str(layer)] if str(layer) in self.value_embeddings else None
+            x = self._run(block, x, shared, None if table is None else table(tokens))
         if cache is not None:
             cache.lengths += length
         hidden: Tensor = self.final_norm(x)
@@ -153,16 +164,16 @@ class Transformer(nn.Module):
     def num_parameters(self, non_embedding: bool = False) -> int:
         """Number of weights, without the rows that pad the vocabulary.
 
-        `non_embedding` leaves out the tables that are only looked up: learned positions, and the token embedding unless
-        it is also the head.
+        `non_embedding` leaves out the tables that are only looked up: learned positions, value embeddings, and the
+        token embedding unless it is also the head.
         """
-        padding = self.config.padded_vocab_size - self._vocab_size
-        tables = [self.token_embedding] if self.head is None else [self.token_embedding, self.head]
-        count = sum(parameter.numel() for parameter in self.parameters()) - len(tables) * padding * self.config.d_model
-        if non_embedding and self.position_embedding is not None:
-            count -= self.position_embedding.weight.numel()
-        if non_embedding and self.head is not None:
-            count -= self._vocab_size * self.config.d_model
+        looked_up = sum(table.shape[1] for table in self.value_embeddings.parameters())
+        looked_up += 0 if self.head is None else self.config.d_model
+        padding = (self.config.padded_vocab_size - self._vocab_size) * (looked_up + self.config.d_model)
+        count = sum(parameter.numel() for parameter in self.parameters()) - padding
+        if non_embedding:
+            count -= self._vocab_size * looked_up
+            count -= 0 if self.position_embedding is None else self.position_embedding.weight.numel()
         return count
 
     def flops_per_token(self, length: int) -> int:

@@ -146,11 +146,12 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_a_checkpoint_older_than_an_option_means_a_model_without_it(saved: Path) -> None:
     state = load_checkpoint(saved)
     state["config"]["training"].pop("z_loss")
-    for option in ("logit_soft_cap",):
+    for option in ("logit_soft_cap", "value_embeddings", "residual_scaling"):
         state["config"]["model"].pop(option)
     save_checkpoint(saved, {key: value for key, value in state.items() if key != "format"})
     model, info = load_model(saved)
     assert model.config.logit_soft_cap is None
+    assert (model.config.value_embeddings, model.config.residual_scaling) == ("none", False)
     assert info.config["training"]["z_loss"] == 0.0
 
 

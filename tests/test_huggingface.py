@@ -155,6 +155,11 @@ def test_gpt2_weights_map_one_to_one() -> None:
         ({**LLAMA, "qk_norm": "true"}, "Llama.*no model.qk_norm=true", "model.qk_norm=false"),
         ({**LLAMA, "logit_soft_cap": 30.0}, "Llama.*no model.logit_soft_cap=30.0", "model.logit_soft_cap=null"),
         ({**GPT2, "logit_soft_cap": 30.0}, "GPT-2.*no model.logit_soft_cap=30.0", "model.logit_soft_cap=null"),
+        (
+            {**LLAMA, "value_embeddings": "all", "residual_scaling": "true"},
+            "Llama.*no model.value_embeddings=all, model.residual_scaling=true",
+            "model.value_embeddings=none model.residual_scaling=false",
+        ),
         ({**LLAMA, "norm": "layernorm"}, "Llama.*no model.norm=layernorm", "model.norm=rmsnorm"),
         ({**GPT2, "n_kv_heads": 2}, "GPT-2.*no model.n_kv_heads=2", "model.n_kv_heads=4"),
         ({**GPT2, "activation": "swiglu"}, "GPT-2.*no model.activation=swiglu", "model.activation=gelu"),

@@ -45,12 +45,27 @@ def reference_loss(model: Transformer, tokens: Tensor, targets: Tensor) -> Tenso
 
 GPT2_LIKE = {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": "true", "qk_norm": "false"}
 LLAMA_LIKE = {"activation": "swiglu", "n_kv_heads": 2, "d_ff": 80, "qk_norm": "false", "tie_embeddings": "true"}
-KINDS: dict[str, dict[str, Any]] = {"demo": {}, "gpt2": {**GPT2_LIKE, "tie_embeddings": "true"}, "llama": LLAMA_LIKE}
+SKIPS = {"value_embeddings": "all", "residual_scaling": "true", "logit_soft_cap": 4.0, "n_kv_heads": 2}
+KINDS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "gpt2": {**GPT2_LIKE, "tie_embeddings": "true"},
+    "llama": LLAMA_LIKE,
+    "skips": SKIPS,
+}
 
 
 @pytest.fixture(params=KINDS)
 def model(request: pytest.FixtureRequest) -> Transformer:
-    return Transformer(small_config(**KINDS[request.param])).eval()
+    return stirred(Transformer(small_config(**KINDS[request.param])).eval())
+
+
+def stirred(model: Transformer) -> Transformer:
+    """`model` with gates and scales moved from where they do nothing."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("_gate.weight", "_scale")):
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    return model
 
 
 class TestTransformer:
@@ -71,7 +86,7 @@ class TestTransformer:
     @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
     @pytest.mark.parametrize("activation", ["squared_relu", "gelu", "swiglu"])
     @pytest.mark.parametrize(
-        "rest", [{}, {"bias": "true", "n_kv_heads": 1, "tie_embeddings": "true", "qk_norm": "false"}]
+        "rest", [{}, {"bias": "true", "n_kv_heads": 1, "tie_embeddings": "true", "qk_norm": "false"}, SKIPS]
     )
     def test_every_option_takes_part(self, position: str, norm: str, activation: str, rest: dict[str, Any]) -> None:
         model = Transformer(small_config(position=position, norm=norm, activation=activation, n_layers=1, **rest))
@@ -89,6 +104,41 @@ class TestTransformer:
         inner = up(x)
         tanh = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
         torch.testing.assert_close(layer(x), down(tanh))
+
+    @pytest.mark.parametrize(("which", "layers"), [("none", []), ("alternate", [0, 2, 4]), ("all", [0, 1, 2, 3, 4])])
+    def test_layers_with_a_value_embedding(self, which: str, layers: list[int]) -> None:
+        model = Transformer(small_config(n_layers=5, value_embeddings=which))
+        assert [int(layer) for layer in model.value_embeddings] == layers
+        # A table of values is looked up; of what it adds, only the gates multiply.
+        without, gates = Transformer(small_config(n_layers=5)), len(layers) * 4 * 12
+        assert model.num_parameters() - without.num_parameters() == gates + len(layers) * VOCABULARY * 32
+        assert model.flops_per_token(32) - without.flops_per_token(32) == 6 * gates
+
+    def test_a_value_embedding_is_added_to_the_values_through_its_gate(self) -> None:
+        model = stirred(Transformer(small_config(n_layers=1, value_embeddings="all", n_kv_heads=2)))
+        attention, table = model.blocks[0].get_submodule("attention"), model.value_embeddings["0"]
+        token = random_tokens(1, 1)
+        x = model.blocks[0].get_submodule("attention_norm")(model.token_embedding(token))[0, 0]
+        # A token alone attends to itself, so what is mixed is its value.
+        gate = 2 * torch.sigmoid(attention.get_parameter("value_gate.weight") @ x[:12])
+        value = attention.get_submodule("value")(x).view(2, 8) + gate[:, None] * table(token).view(2, 8)
+        expected = attention.get_submodule("output")(value.repeat_interleave(2, dim=0).flatten())
+        seen: list[Tensor] = []
+        attention.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        model(token)
+        torch.testing.assert_close(seen[0][0, 0], expected)
+
+    def test_residual_scaling_weighs_the_stream_and_the_embedding(self) -> None:
+        model, tokens = Transformer(small_config(residual_scaling="true", zero_init_projections="true")), random_tokens(
+            1, 8
+        )
+        embedding = model.token_embedding(tokens)
+        torch.testing.assert_close(_last_residual(model, tokens), embedding)
+        with torch.no_grad():
+            for block, residual, again in zip(model.blocks, (2.0, 3.0), (0.5, 0.25)):
+                block.get_parameter("residual_scale").fill_(residual)
+                block.get_parameter("embedding_scale").fill_(again)
+        torch.testing.assert_close(_last_residual(model, tokens), embedding * ((2.0 + 0.5) * 3.0 + 0.25))
 
     def test_no_token_sees_a_later_one(self, model: Transformer) -> None:
         tokens = random_tokens(1, 32)
@@ -153,7 +203,8 @@ class TestTransformer:
                 gradients(model, model(tokens, tokens))
             counts[mode] = operators.calls
         # Of the six products of each of the two blocks, the result of the last is not needed again.
-        assert counts["full"]["mm"] == counts["none"]["mm"] + 2 * 5
+        products = 2 * (5 if model.config.value_embeddings == "none" else 6)
+        assert counts["full"]["mm"] == counts["none"]["mm"] + products
         assert counts["selective"]["mm"] == counts["none"]["mm"]
         assert counts["selective"]["clamp_min"] == counts["full"]["clamp_min"] == counts["none"]["clamp_min"] + 2
 
@@ -334,6 +385,7 @@ class TestKVCache:
         activation=st.sampled_from(["swiglu", "gelu"]),
         norm=st.sampled_from(["rmsnorm", "layernorm"]),
         qk_norm=st.booleans(),
+        skips=st.booleans(),
         lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
         steps=st.lists(st.integers(1, 4), max_size=4),
         seed=st.integers(0, 1000),
@@ -345,6 +397,7 @@ class TestKVCache:
         activation: str,
         norm: str,
         qk_norm: bool,
+        skips: bool,
         lengths: list[int],
         steps: list[int],
         seed: int,
@@ -356,8 +409,10 @@ class TestKVCache:
             activation=activation,
             norm=norm,
             qk_norm=str(qk_norm).lower(),
+            value_embeddings="alternate" if skips else "none",
+            residual_scaling=str(skips).lower(),
         )
-        model, batch = Transformer(config).eval(), len(lengths)
+        model, batch = stirred(Transformer(config).eval()), len(lengths)
         tokens = random_tokens(batch, 32, seed=seed)
         full = model(tokens)
         cache = KVCache(config, batch, max_length=30)

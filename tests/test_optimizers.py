@@ -54,6 +54,17 @@ class TestGroups:
         assert {"token_embedding.weight", "head.weight", "final_norm.weight"} <= rest
         assert not rest & names(model, hidden)
 
+    def test_tables_and_scalars_that_skip_layers_are_adamws(self) -> None:
+        settings = ["model.value_embeddings=all", "model.residual_scaling=true"]
+        model = new_transformer(*settings)
+        parts = make_optimizers(model, small_config(*settings).training).parts
+        (hidden,) = parts["muon"].param_groups
+        scalars = [f"blocks.{layer}.{name}_scale" for layer in (0, 1) for name in ("residual", "embedding")]
+        tables = {f"value_embeddings.{layer}.weight" for layer in (0, 1)}
+        decayed, kept = (names(model, group) for group in parts["adamw"].param_groups)
+        assert set(scalars) <= kept and tables <= decayed
+        assert {f"blocks.{layer}.attention.value_gate.weight" for layer in (0, 1)} <= names(model, hidden)
+
     def test_frozen_parameters_are_in_no_group(self) -> None:
         model = new_transformer()
         model.token_embedding.weight.requires_grad_(False)
