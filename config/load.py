@@ -26,6 +26,7 @@ from config.sources import SourceConfig
 
 CONFIG_DIR = Path(__file__).parent
 SECTIONS = ("model", "training", "data", "generation")
+RENAMED = {("training", "muon", "newton_schulz_steps"): "steps"}
 Layer = tuple[str, dict[str, Any]]  # where some values stand, and the values
 
 
@@ -57,7 +58,19 @@ def _layers(
         layer["model"]["variants"] = {layer["model"]["variant"]: {}}
     layers += [(str(path), layer) for recipe in recipes for path, layer in _recipe_chain(Path(recipe))]
     layers += [(f"command line: {text}", _parse_override(text)) for text in overrides]
+    for _, layer in layers:
+        _rename(layer)
     return layers
+
+
+def _rename(layer: dict[str, Any]) -> None:
+    """Give the keys of `layer` that have had other names those they have now."""
+    for (*parents, old), new in RENAMED.items():
+        tree: Any = layer
+        for part in parents:
+            tree = tree.get(part) if isinstance(tree, dict) else None
+        if isinstance(tree, dict) and old in tree:
+            tree.setdefault(new, tree.pop(old))
 
 
 def config_from_dict(tree: dict[str, Any], origin: str) -> Config:

@@ -13,6 +13,9 @@ class AdamWConfig(Section):
     """AdamW (Loshchilov and Hutter, 2019): for every parameter, or beside Muon for all that is not a hidden matrix."""
 
     learning_rate: Rate
+    embedding_learning_rate: Rate | None
+    head_learning_rate: Rate | None
+    scalar_learning_rate: Rate | None
     beta1: Fraction
     beta2: Fraction
     eps: Rate
@@ -20,11 +23,13 @@ class AdamWConfig(Section):
 
 
 class MuonConfig(Section):
-    """Muon (Jordan et al., 2024): momentum orthogonalised by Newton-Schulz steps, for the hidden matrices."""
+    """Muon (Jordan et al., 2024): momentum made orthogonal, for the hidden matrices."""
 
     learning_rate: Rate
     momentum: Fraction
-    newton_schulz_steps: PositiveInt
+    orthogonalisation: Literal["newton_schulz", "polar_express"]
+    steps: PositiveInt
+    second_moment: Annotated[float, Field(ge=0.0, lt=1.0)] | None
     weight_decay: Annotated[float, Field(ge=0.0)]
 
 
@@ -77,6 +82,7 @@ class TrainingConfig(Section):
     optimizer: Literal["adamw", "muon"]
     adamw: AdamWConfig
     muon: MuonConfig
+    cautious_weight_decay: bool
     schedule: ScheduleConfig
     gradient_clip: Annotated[float, Field(ge=0.0)]
     z_loss: Annotated[float, Field(ge=0.0)]

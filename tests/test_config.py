@@ -160,6 +160,15 @@ class TestSnapshots:
         del tree["training"]["adamw"]["eps"], tree["data"]["finetuning"], tree["generation"]["top_k"]
         assert config_from_dict(tree, "model_step_5.pt") == config
 
+    def test_a_key_under_its_earlier_name_is_known(self, tmp_path: Path) -> None:
+        config = load_config([], ["training.muon.steps=4"])
+        tree = config.model_dump()
+        tree["training"]["muon"]["newton_schulz_steps"] = tree["training"]["muon"].pop("steps")
+        assert config_from_dict(tree, "model_step_5.pt") == config
+        changed = load_config([], ["training.muon.steps=3"], saved=("model_step_5.pt", tree))
+        assert changed.training.muon.steps == 3
+        assert "newton_schulz_steps" in tree["training"]["muon"], "what was read is left as it was"
+
     def test_the_configuration_is_frozen(self) -> None:
         with pytest.raises(ValueError):
             load_config().training.seed = 3

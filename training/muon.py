@@ -1,9 +1,11 @@
 """Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/), batched over matrices of one shape.
 
-`torch.optim.Muon` orthogonalises one matrix at a time. Here all matrices of a shape are stacked and go through the
-Newton-Schulz steps together, in bfloat16 where the device is fast in it (the iteration is stable in both, Jordan et
-al.). The numbers are those of `torch.optim.Muon` up to rounding, and so is the state, one
-`momentum_buffer` per parameter.
+`torch.optim.Muon` orthogonalises one matrix at a time. Here all matrices of a shape are stacked and orthogonalised
+together, in bfloat16 where the device is fast in it (the iteration is stable in both, Jordan et al.). With its defaults
+the numbers are those of `torch.optim.Muon` up to rounding, and so is the state, one `momentum_buffer` per parameter.
+
+A step has three parts: `nesterov` and `descend` go element by element, so they may run on a shard of a matrix; between
+them, `orthogonalise` and `even_out_neurons` need all of it.
 """
 
 from __future__ import annotations
@@ -15,57 +17,81 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.orthogonalisation import Iteration, Method, iteration, orthogonalise
 from training.precision import has_fast_bfloat16
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steep at zero, and within [0.7, 1.2] after five steps
-
-
-def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """U S' V' with S' near 1 for each U S V' of `matrices` (count, rows, columns): about the nearest orthogonal one.
-
-    `steps` Newton-Schulz iterations of Jordan's quintic in `dtype`; returns (count, rows, columns) in `dtype`.
-    """
-    a, b, c = COEFFICIENTS
-    tall = matrices.size(-2) > matrices.size(-1)
-    x = (matrices.mT if tall else matrices).to(dtype)
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+Scalar = Tensor | float  # what a schedule may move is a 0-D tensor where the step is compiled
 
 
 def muon_step(
     parameters: list[Tensor],  # matrices of one shape
     gradients: list[Tensor],
     buffers: list[Tensor],
-    take: Tensor | None,  # 0-D float: 1 takes the step, 0 leaves parameters and buffers as they are; None is 1
-    rate: Tensor | float,
-    weight_decay: Tensor | float,
-    momentum: Tensor | float,
-    newton_schulz_steps: int,
+    moments: list[Tensor],  # (rows, 1) for each matrix, or empty for plain Muon
+    take: Tensor | None,  # 0-D float: 1 takes the step, 0 leaves everything as it is; None is 1
+    rate: Scalar,
+    weight_decay: Scalar,
+    momentum: Scalar,
+    second_moment: Scalar,
+    cautious: bool,
+    how: Iteration,
     dtype: torch.dtype,
 ) -> None:
-    """Move `parameters` and `buffers` in place. What a schedule may move is a 0-D tensor where this is compiled."""
-    rows, columns = parameters[0].shape
+    """Move `parameters`, `buffers` and `moments` in place."""
+    update = orthogonalise(nesterov(gradients, buffers, take, momentum), how, dtype).to(parameters[0].dtype)
+    if moments:
+        update = even_out_neurons(update, moments, take, second_moment)
+    descend(parameters, update, rate if take is None else rate * take, weight_decay, cautious)
+
+
+def nesterov(gradients: list[Tensor], buffers: list[Tensor], take: Tensor | None, momentum: Scalar) -> Tensor:
+    """Add the gradients to the buffers in place; returns what the momentum says of each, (count, rows, columns)."""
     gradient, gain = torch.stack(gradients), 1.0 - momentum
     if take is not None:
-        gradient, gain, rate = torch.where(take > 0, gradient, 0.0), gain * take, rate * take
-    buffer = torch.lerp(torch.stack(buffers), gradient, gain)
+        gradient, gain = torch.where(take > 0, gradient, 0.0), gain * take
+    buffer = torch.stack(buffers).lerp_(gradient, gain)
     torch._foreach_copy_(buffers, buffer.unbind())
-    update = orthogonalise(torch.lerp(gradient, buffer, momentum), newton_schulz_steps, dtype)
-    update = update.to(parameters[0].dtype) * (-rate * max(1.0, rows / columns) ** 0.5)
-    torch._foreach_mul_(parameters, 1.0 - rate * weight_decay)
-    torch._foreach_add_(parameters, update.unbind())
+    return gradient.lerp_(buffer, momentum)
+
+
+def even_out_neurons(update: Tensor, moments: list[Tensor], take: Tensor | None, second_moment: Scalar) -> Tensor:
+    """NorMuon (Li et al., 2025, https://arxiv.org/abs/2510.05491): rows that keep being moved far are held back.
+
+    Each row, a neuron, is divided by the root of the running mean of its squares, kept in `moments`, and each matrix
+    is brought back to the norm it had. (The paper brings it to 0.2 sqrt(rows * columns) instead: here `learning_rate`
+    keeps the meaning that it has without.) `update` is (count, rows, columns), and so is the result.
+    """
+    gain = 1.0 - second_moment if take is None else (1.0 - second_moment) * take
+    squares = update.square().mean(dim=-1, keepdim=True)
+    moment = torch.stack(moments).lerp_(squares, gain)
+    torch._foreach_copy_(moments, moment.unbind())
+    inverse = moment.clamp(min=1e-16).reciprocal()
+    kept = squares.sum(dim=-2, keepdim=True) / (squares * inverse).sum(dim=-2, keepdim=True).clamp(min=1e-30)
+    return update * (inverse * kept).sqrt()
+
+
+def descend(parameters: list[Tensor], update: Tensor, rate: Scalar, weight_decay: Scalar, cautious: bool) -> None:
+    """Move the parameters in place by `update` (count, rows, columns), and let them decay.
+
+    `cautious` (Chen et al., 2025, https://arxiv.org/abs/2510.12402) spares the weights that the update makes larger.
+    """
+    rows, columns = parameters[0].shape
+    if cautious:
+        stack = torch.stack(parameters)
+        decay = torch.where(stack * update >= 0, stack, 0.0).mul_(rate * weight_decay)
+        torch._foreach_sub_(parameters, decay.unbind())
+    elif isinstance(weight_decay, Tensor) or weight_decay > 0:
+        torch._foreach_mul_(parameters, 1.0 - rate * weight_decay)
+    torch._foreach_sub_(parameters, update.mul_(rate * max(1.0, rows / columns) ** 0.5).unbind())
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalised; for the hidden matrices of a network, all of them 2-D.
 
-    With m the momentum: buffer = m * buffer + (1 - m) * gradient; update = NS((1 - m) * gradient + m * buffer);
-    weight = (1 - lr * weight_decay) * weight - lr * max(1, rows / columns) ** 0.5 * update, as Jordan's own code and
-    `torch.optim.Muon` have it. A weight is (out_features, in_features): the factor keeps the change of the output, per
-    unit of input, the same where a layer widens.
+    With m the momentum: buffer = m * buffer + (1 - m) * gradient; update = orthogonalised((1 - m) * gradient + m *
+    buffer); weight = (1 - lr * weight_decay) * weight - lr * max(1, rows / columns) ** 0.5 * update, as Jordan's own
+    code and `torch.optim.Muon` have it. A weight is (out_features, in_features): the factor keeps the change of the
+    output, per unit of input, the same where a layer widens. With a `second_moment`, NorMuon: see `even_out_neurons`.
 
     `found_inf`, a 0-D float tensor that the caller sets before `step`, makes a step change nothing where it is 1: the
     convention of PyTorch's fused optimizers, which needs no look at the device.
@@ -79,14 +105,20 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
-        newton_schulz_steps: int = 5,
+        orthogonalisation: Method = "newton_schulz",
+        steps: int = 5,
+        second_moment: float | None = None,
+        cautious: bool = False,
         compiled: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
-            "newton_schulz_steps": newton_schulz_steps,
+            "orthogonalisation": orthogonalisation,
+            "steps": steps,
+            "second_moment": second_moment,
+            "cautious": cautious,
         }
         super().__init__(params, defaults)
         wrong = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim != 2]
@@ -106,7 +138,7 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     stacks[parameter.shape, parameter.device, parameter.dtype].append(parameter)
             for (_, device, _), parameters in stacks.items():
-                scalars = [group["lr"], group["weight_decay"], group["momentum"]]
+                scalars = [group["lr"], group["weight_decay"], group["momentum"], group["second_moment"] or 0.0]
                 take = None
                 if device.type != "cpu":
                     scalars = [torch.full((), value, device=device) for value in scalars]
@@ -117,9 +149,11 @@ class Muon(torch.optim.Optimizer):
                     parameters,
                     [parameter.grad for parameter in parameters],
                     [self._buffer(parameter) for parameter in parameters],
+                    [] if group["second_moment"] is None else [self._moment(parameter) for parameter in parameters],
                     take,
                     *scalars,
-                    group["newton_schulz_steps"],
+                    group["cautious"],
+                    iteration(group["orthogonalisation"], group["steps"]),
                     torch.bfloat16 if has_fast_bfloat16(device) else torch.float32,
                 )
         return loss
@@ -130,3 +164,10 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
+
+    def _moment(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "second_moment" not in state:
+            state["second_moment"] = torch.zeros_like(parameter[:, :1])
+        moment: Tensor = state["second_moment"]
+        return moment

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from config.training import TrainingConfig
+from training.adamw import CautiousAdamW
 from training.muon import Muon
 
 
@@ -54,12 +55,18 @@ class Optimizers:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over saved moments, but keep the rates and decays given at construction: those may change on resume."""
+        """Take over saved moments, but keep the groups given at construction: their settings may change on resume.
+
+        Moments belong to parameters by their place in the concatenated groups. Raises `ValueError` where there is
+        another number of parameters, and `KeyError` where an optimizer is missing.
+        """
         for name, part in self.parts.items():
-            options = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
-            part.load_state_dict(state[name])
-            for group, own in zip(part.param_groups, options, strict=True):
-                group.update(own)
+            own, saved = part.state_dict()["param_groups"], state[name]
+            if sum(len(group["params"]) for group in own) != sum(
+                len(group["params"]) for group in saved["param_groups"]
+            ):
+                raise ValueError(f"the saved {name} moved another number of parameters")
+            part.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
 def make_optimizers(model: nn.Module, training: TrainingConfig, compiled: bool = False) -> Optimizers:
@@ -68,47 +75,61 @@ def make_optimizers(model: nn.Module, training: TrainingConfig, compiled: bool =
     Weight decay falls on matrices only (embeddings and the head among them), never on norms and biases. AdamW runs
     PyTorch's fused kernel; with `compiled`, Muon's step is compiled.
     """
-    matrices, scalars = _split(model)
-    hidden = {name: parameter for name, parameter in matrices.items() if name.startswith("blocks.")}
-    muon = hidden if training.optimizer == "muon" else {}
-    decayed = {name: parameter for name, parameter in matrices.items() if name not in muon}
-
-    groups = [muon, decayed, scalars]
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert sorted(name for group in groups for name in group) == sorted(
-        trained
-    ), "a parameter is in no group, or in two"
-
+    groups = sort_parameters(model, training.optimizer == "muon")
+    muon = groups.pop("muon")
     parts: dict[str, torch.optim.Optimizer] = {}
     if muon:
         parts["muon"] = Muon(
-            list(muon.values()),
+            muon,
             lr=training.muon.learning_rate,
             momentum=training.muon.momentum,
             weight_decay=training.muon.weight_decay,
-            newton_schulz_steps=training.muon.newton_schulz_steps,
+            orthogonalisation=training.muon.orthogonalisation,
+            steps=training.muon.steps,
+            second_moment=training.muon.second_moment,
+            cautious=training.cautious_weight_decay,
             compiled=compiled,
         )
     adamw = training.adamw
+    rates = {
+        "embedding": adamw.embedding_learning_rate,
+        "hidden": None,
+        "head": adamw.head_learning_rate,
+        "scalar": adamw.scalar_learning_rate,
+    }
     adamw_groups = [
-        {"params": list(decayed.values()), "weight_decay": adamw.weight_decay},
-        {"params": list(scalars.values()), "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "lr": rates[name] or adamw.learning_rate,
+            "weight_decay": 0.0 if name == "scalar" else adamw.weight_decay,
+        }
+        for name, parameters in groups.items()
+        if parameters
     ]
-    parts["adamw"] = torch.optim.AdamW(
-        [group for group in adamw_groups if group["params"]],
-        lr=adamw.learning_rate,
-        betas=(adamw.beta1, adamw.beta2),
-        eps=adamw.eps,
-        fused=True,
+    kind = CautiousAdamW if training.cautious_weight_decay else torch.optim.AdamW
+    parts["adamw"] = kind(
+        adamw_groups, lr=adamw.learning_rate, betas=(adamw.beta1, adamw.beta2), eps=adamw.eps, fused=True
     )
     return Optimizers(parts)
 
 
-def _split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Parameters that multiply as matrices, and those that scale or shift."""
-    matrices: dict[str, nn.Parameter] = {}
-    scalars: dict[str, nn.Parameter] = {}
+def sort_parameters(model: nn.Module, with_muon: bool) -> dict[str, list[nn.Parameter]]:
+    """Every parameter that is trained, in exactly one group, each group in the order of the model.
+
+    `muon` are the matrices of the blocks, unless they are AdamW's like the rest, `hidden`; `embedding` are tables that
+    are looked up (the head too, where it is tied); `scalar` is what scales or shifts: norms, biases, learned factors.
+    """
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in ("muon", "embedding", "hidden", "head", "scalar")}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (matrices if parameter.ndim >= 2 else scalars)[name] = parameter
-    return matrices, scalars
+        if not parameter.requires_grad:
+            continue
+        if name in tables:
+            groups["embedding"].append(parameter)
+        elif parameter.ndim < 2:
+            groups["scalar"].append(parameter)
+        elif name == "head.weight":
+            groups["head"].append(parameter)
+        else:
+            groups["muon" if with_muon else "hidden"].append(parameter)
+    return groups
