@@ -1,8 +1,8 @@
 """How fast batches come: our loader beside nanoGPT's `get_batch`, on the same token file.
 
-    python benchmarks/data_loader.py                                            # on corpus/tokens/
+    python -m benchmarks.data_loader                                            # on corpus/tokens/
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
-    python benchmarks/data_loader.py --nanogpt ../nanoGPT
+    python -m benchmarks.data_loader --nanogpt ../nanoGPT
 
 Reported are millions of tokens per second of processor time, both threads of ours counted, and the median of several
 rounds that take turns. nanoGPT draws windows with replacement, so it neither visits every token of an epoch nor can it

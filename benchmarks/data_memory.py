@@ -1,6 +1,6 @@
 """Peak memory of preprocessing over corpora of several sizes, which it makes.
 
-    python benchmarks/data_memory.py --size 1GB --size 10GB
+    python -m benchmarks.data_memory --size 1GB --size 10GB
 
 The texts are the files of installed packages; every further round over them has other lines, so that few documents
 repeat. Memory is the proportional set size (PSS) of the command and all its processes together, pages that they share

@@ -1,7 +1,7 @@
 """The whole way from jsonl.zst to token files, beside datatrove's own pipeline: megabytes of text per core-second.
 
     python -m venv ../datatrove && ../datatrove/bin/pip install "datatrove[io,processing]" tokenizers "xxhash<3.6"
-    python benchmarks/data_pipeline.py --datatrove ../datatrove/bin/python --megabytes 200
+    python -m benchmarks.data_pipeline --datatrove ../datatrove/bin/python --megabytes 200
 
 Read, clean, the rules of Gopher, C4 and FineWeb, exact and near-duplicates, tokenize, write. The limits of the rules
 stand where nothing is dropped, so every document goes through every step, which is the most there is to do. Ours reads
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from package_text import package_texts
 
+from benchmarks.package_text import package_texts
 from config.command import run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,6 +1,6 @@
 """datatrove's own pipeline for the work of `benchmarks/data_pipeline.py`, which runs this. No import of the project.
 
-    python benchmarks/datatrove_pipeline.py DOCUMENTS.jsonl.zst WORK-FOLDER TOKENIZER.json [--regex-words]
+    python -m benchmarks.datatrove_pipeline DOCUMENTS.jsonl.zst WORK-FOLDER TOKENIZER.json [--regex-words]
 
 One task after the other in this process: read, the four rule sets, MinHash in its four stages, tokenize, write. Limits
 stand where nothing is dropped, so that every document goes through every step. `--regex-words` puts a regular

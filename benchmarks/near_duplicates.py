@@ -1,6 +1,6 @@
 """How fast near-duplicates are found, how many, and how that compares with datatrove's stages on the same documents.
 
-    python benchmarks/near_duplicates.py --megabytes 100
+    python -m benchmarks.near_duplicates --megabytes 100
 
 The documents are pages of the standard library and of installed packages; of every twentieth one a copy is planted with
 one of a hundred words changed. A round times, in processor seconds of one process: our stages 1 to 3 and reading what

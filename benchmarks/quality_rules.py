@@ -1,6 +1,6 @@
 """How fast the four quality rule sets are, beside datatrove's filters on the same documents with the same words.
 
-    python benchmarks/quality_rules.py --megabytes 20
+    python -m benchmarks.quality_rules --megabytes 20
 
 The documents are the standard library's modules and the documentation of installed packages. In every round each set
 runs once ours and once datatrove's, in turn; reported are medians of megabytes of text per core-second.
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from package_text import package_texts
 
+from benchmarks.package_text import package_texts
 from config.command import run
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """How fast each library encodes the downloaded documents, and whether its ids are the reference library's.
 
-    python benchmarks/tokenizer.py                       # on the sources in data.use
-    python benchmarks/tokenizer.py data.tokenizer.vocab_size=32768 data.tokenizer.pattern=llama3
+    python -m benchmarks.tokenizer                       # on the sources in data.use
+    python -m benchmarks.tokenizer data.tokenizer.vocab_size=32768 data.tokenizer.pattern=llama3
 
 A tokenizer of each kind is trained on the documents. Then every encoder for it, and tiktoken if it is installed,
 encodes all of them in turn, round after round, in batches of 1,000 documents. Reported are megabytes of text per

@@ -1,7 +1,7 @@
 """How fast BPE is trained, beside other trainers, and whether the merges are those of `tokenizers`.
 
     pip install rustbpe
-    python benchmarks/tokenizer_training.py --megabytes 100 --vocab-size 32768
+    python -m benchmarks.tokenizer_training --megabytes 100 --vocab-size 32768
 
 The texts are modules and documentation of installed packages. In every round each trainer runs once; reported are the
 medians of core-seconds and seconds.
@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from package_text import package_texts
 
+from benchmarks.package_text import package_texts
 from config.command import run
 
 Rounds = Annotated[int, typer.Option(help="Timed runs of each trainer.", min=1)]

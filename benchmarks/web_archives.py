@@ -1,8 +1,8 @@
 """How fast web archives and Wikipedia's dumps become text, in megabytes of their content per core-second.
 
-    python benchmarks/web_archives.py
-    python benchmarks/web_archives.py --megabytes 100 --rounds 5
-    python benchmarks/web_archives.py --dump enwiki-latest-pages-articles1.xml.bz2
+    python -m benchmarks.web_archives
+    python -m benchmarks.web_archives --megabytes 100 --rounds 5
+    python -m benchmarks.web_archives --dump enwiki-latest-pages-articles1.xml.bz2
 
 The pages are the documentation of the Python modules on this machine, as `pydoc` renders it, between the head, menu and
 foot of a site, and written as WARC by a WARC library; the same texts are WET, and, with their links, lists and headings

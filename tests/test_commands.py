@@ -81,7 +81,7 @@ def python_commands() -> Iterator[Any]:
                 words = shlex.split(part)
                 while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                     del words[0]
-                if words[:1] == ["python"] and words[1].endswith(".py") and not words[1].startswith("benchmarks/"):
+                if words[:1] == ["python"] and words[1].endswith(".py"):
                     yield pytest.param(words[1], words[2:], id=f"{page.name}: {part.strip()}")
 
 
