@@ -12,6 +12,8 @@ BEFORE: dict[str, Any] = {
         "logit_soft_cap": None,
         "value_embeddings": "none",
         "residual_scaling": False,
+        "window": None,
+        "window_pattern": "L",
     },
     "training": {
         "z_loss": 0.0,

@@ -34,6 +34,8 @@ class ModelConfig(Section):
     logit_soft_cap: Rate | None
     value_embeddings: Literal["none", "alternate", "all"]
     residual_scaling: bool
+    window: PositiveInt | None
+    window_pattern: Annotated[str, Field(pattern="^[SL]+$")]
 
     @property
     def head_dim(self) -> int:
@@ -50,6 +52,15 @@ class ModelConfig(Section):
         """The layers with a table of values of their own: `alternate` has the last one and every second before it."""
         step = {"none": self.n_layers + 1, "alternate": 2, "all": 1}[self.value_embeddings]
         return list(range(self.n_layers - 1, -1, -step))[::-1] if step <= self.n_layers else []
+
+    @property
+    def layer_windows(self) -> list[int | None]:
+        """Of every layer, how many tokens a token sees, itself included; None is the whole context.
+
+        The pattern is repeated over the layers, short windows at S, and the last layer sees everything.
+        """
+        letters = [self.window_pattern[layer % len(self.window_pattern)] for layer in range(self.n_layers - 1)]
+        return [self.window if letter == "S" else None for letter in letters] + [None]
 
     @property
     def feed_forward_dim(self) -> int:

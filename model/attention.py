@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from config.model import ModelConfig
 from model.cache import KVCache
+from model.masks import Mask, Masks, Pieces
 from model.norms import rms_norm
 from model.positions import Rotation, rotate
 
@@ -21,8 +25,8 @@ GATE_CHANNELS = 12  # of a layer's input, which open the gate of its value embed
 class Shared(NamedTuple):
     """What all layers of one forward pass over `(batch, T)` tokens have in common.
 
-    With a cache, new keys and values go to `positions` `(batch, T)` of it. `mask` `(batch, 1, T, positions)` is true
-    where a query may look; without one each token looks at itself and the tokens before it.
+    With a cache, new keys and values go to `positions` `(batch, T)` of it, and `of_cache` says whether the masks are
+    about all that it holds or about the new tokens alone. `masks` are those of every window, as in `model.masks`.
     """
 
     embedding: Tensor
@@ -30,7 +34,8 @@ class Shared(NamedTuple):
     rotation: Rotation | None
     cache: KVCache | None
     positions: Tensor | None
-    mask: Tensor | None
+    masks: Masks
+    of_cache: bool
 
 
 class Attention(nn.Module):
@@ -44,7 +49,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.window = layer, config.layer_windows[layer]
         self.head_dim = config.head_dim
         self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
         self.dropout = config.dropout
@@ -73,38 +78,66 @@ class Attention(nn.Module):
         if shared.rotation is not None:
             query, key = rotate(query, shared.rotation), rotate(key, shared.rotation)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        cache, positions, mask = shared.cache, shared.positions, shared.mask
-        if cache is not None and positions is not None:
-            seen_keys, seen_values = cache.update(self.layer, key.transpose(1, 2), value.transpose(1, 2), positions)
-            if mask is not None:
+        if shared.cache is not None and shared.positions is not None:
+            new = key.transpose(1, 2), value.transpose(1, 2)
+            seen_keys, seen_values = shared.cache.update(self.layer, *new, shared.positions)
+            if shared.of_cache:
                 query, key, value = query.to(seen_keys.dtype), seen_keys, seen_values
-        mixed = attend(query, key, value, mask, self.dropout if self.training else 0.0)
+        mixed = attend(query, key, value, shared.masks[self.window], self.dropout if self.training else 0.0)
         y: Tensor = self.output(mixed.transpose(1, 2).flatten(2).to(x.dtype))
         return F.dropout(y, self.dropout, self.training)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float) -> Tensor:
     """Attention of `query` `(batch, heads, T, head_dim)` to `key` and `value` `(batch, kv_heads, S, head_dim)`.
 
-    `mask` is as in `Shared`; the result has the shape of `query`. PyTorch's scaled_dot_product_attention
-    takes a flash kernel where there is one and shares keys among the heads of a group without repeating them.
+    Without a mask each token looks at itself and the tokens before it. The result has the shape of `query`. PyTorch's
+    scaled_dot_product_attention takes a flash kernel where there is one and shares keys among the heads of a group
+    without repeating them. Dropout does not go with a block mask.
     """
     grouped = query.shape[1] != key.shape[1]
-    if mask is None and query.dtype == torch.bfloat16 and query.is_cpu and query.shape[2] <= SHORT:
-        return _attend_short(query, key, value, dropout)
+    if isinstance(mask, BlockMask):
+        assert dropout == 0.0
+        kernel = flex_attention if torch.compiler.is_compiling() or query.is_cpu else _compiled_flex_attention()
+        return cast(Tensor, cast(Any, kernel)(query, key, value, block_mask=mask, enable_gqa=grouped))
+    if isinstance(mask, Pieces):
+        return _attend_pieces(query, key, value, mask.lengths, dropout)
+    square = query.shape[2] == key.shape[2]
+    if square and query.dtype == torch.bfloat16 and query.is_cpu and query.shape[2] <= SHORT:
+        return _attend_short(query, key, value, mask, dropout)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=grouped
     )
 
 
-def _attend_short(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Causal attention as two plain products: up to four times as fast as the CPU's flash kernel in bfloat16."""
+@cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    """FlexAttention on a GPU is a kernel only once it is compiled; alone it would write out every score."""
+    return torch.compile(flex_attention)
+
+
+def _attend_pieces(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], dropout: float) -> Tensor:
+    """Causal attention within each document; splitting all at once spares the backward pass a zero tensor for each."""
+    batch, _, length, _ = query.shape
+    queries, keys, values = (
+        torch.split(tensor.transpose(0, 1).flatten(1, 2)[None], lengths, dim=2) for tensor in (query, key, value)
+    )
+    mixed = [attend(*document, None, dropout) for document in zip(queries, keys, values, strict=True)]
+    return torch.cat(mixed, dim=2).view(-1, batch, length, query.shape[-1]).transpose(0, 1)
+
+
+def _attend_short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Attention as two plain products: up to four times as fast as the CPU's flash kernel in bfloat16."""
     batch, heads, length, width = query.shape
     group = heads // key.shape[1]
     if group > 1:
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    if mask is None:
+        hidden = query.new_full((length, length), -torch.inf).triu_(1)
+    else:
+        hidden = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        hidden = hidden.expand(batch, heads, length, length).flatten(0, 1)
     query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-    future = query.new_full((length, length), -torch.inf).triu_(1)
-    scores = torch.baddbmm(future, query, key.mT, alpha=width**-0.5)
+    scores = torch.baddbmm(hidden, query, key.mT, alpha=width**-0.5)
     shares = F.dropout(scores.softmax(dim=-1), dropout)
     return (shares @ value).view(batch, heads, length, width)

@@ -182,9 +182,11 @@ def require_same_model(saved: ModelConfig, wanted: ModelConfig, path: Path) -> N
         {**config.model_dump(), "n_kv_heads": config.kv_heads, "d_ff": config.feed_forward_dim}
         for config in (saved, wanted)
     ]
-    if wanted.position == "learned":
-        for config in resolved:
+    for config in resolved:
+        if wanted.position == "learned":
             config["rope_theta"] = None
+        if wanted.window is None:
+            config["window_pattern"] = None
     differing = [
         f"model.{key} is {resolved[0][key]} there and {resolved[1][key]} here"
         for key in keys

@@ -36,6 +36,7 @@ _GPT2_BLOCK = {
     "feed_forward.down": "mlp.c_proj",
 }
 _QKV = ("query", "key", "value")
+_NEUTRAL = {key: value for key, value in BEFORE["model"].items() if key != "window_pattern"}
 _VOCABULARY_TABLES = ("token_embedding.weight", "head.weight")
 
 
@@ -62,7 +63,7 @@ def to_huggingface(model: Transformer) -> Any:
     theirs: Any
     if config.position == "learned":
         gpt2 = {"norm": "layernorm", "activation": "gelu", "qk_norm": False, "n_kv_heads": config.n_heads}
-        _require("GPT-2", config, **gpt2, **BEFORE["model"])
+        _require("GPT-2", config, **gpt2, **_NEUTRAL)
         theirs = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
                 n_positions=config.context_length,
@@ -79,7 +80,7 @@ def to_huggingface(model: Transformer) -> Any:
         )
         state = _to_gpt2(weights, config)
     else:
-        _require("Llama", config, norm="rmsnorm", activation="swiglu", qk_norm=False, **BEFORE["model"])
+        _require("Llama", config, norm="rmsnorm", activation="swiglu", qk_norm=False, **_NEUTRAL)
         theirs = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
                 max_position_embeddings=config.context_length,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from config.model import ModelConfig
@@ -16,6 +17,7 @@ from model.cache import KVCache
 from model.feed_forward import FeedForward
 from model.init import NoDefaultInit, initialise
 from model.loss import linear_cross_entropy, soft_capped
+from model.masks import cached_masks, causal_masks
 from model.norms import make_norm
 from model.positions import RotaryTables, Rotation
 
@@ -86,16 +88,23 @@ class Transformer(nn.Module):
         """The matrix `(padded vocabulary, d_model)` that makes logits: the head's, or the token embedding's if tied."""
         return self.token_embedding.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Predict the token after each of `tokens` `(batch, T)` int64.
 
         Without `targets`: logits `(batch, T, vocab_size)`. With `targets` `(batch, T)` int64: the sum of the
         cross-entropy in nats, a float32 scalar, over the targets that are not -100; divide it by their global number.
         Where `z_loss` is set, its gradient also pulls log(sum(exp(logits))) towards 0; see `linear_cross_entropy`.
-        With a cache, `tokens` continue each row at `cache.lengths`, which grow by T. Raises ValueError where T tokens
-        do not fit into the context or the cache.
+        With a cache, `tokens` continue each row at `cache.lengths`, which grow by T. With `documents` `(batch, T)`,
+        integers that are the same along each document, no token sees one of another document; they do not go with a
+        cache. Raises ValueError where T tokens do not fit into the context or the cache.
         """
-        hidden = self._hidden(tokens, cache)
+        hidden = self._hidden(tokens, cache, documents)
         if targets is not None:
             flat, cap = hidden.flatten(0, 1), self.config.logit_soft_cap
             return linear_cross_entropy(flat, self.output_weight, targets.flatten(), self._vocab_size, cap, self.z_loss)
@@ -114,12 +123,17 @@ class Transformer(nn.Module):
         """Logits `(..., vocab_size)` of `hidden` `(..., d_model)`."""
         return soft_capped(F.linear(hidden, self.output_weight)[..., : self._vocab_size], self.config.logit_soft_cap)
 
-    def _hidden(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+    def _hidden(self, tokens: Tensor, cache: KVCache | None, documents: Tensor | None = None) -> Tensor:
         """The normalised last residual stream `(batch, T, d_model)`."""
         length = tokens.shape[1]
         if length > self.config.context_length:
             raise ValueError(f"{length} tokens do not fit into the context of {self.config.context_length}")
-        positions, mask = (None, None) if cache is None else _continue(cache, length)
+        windows, positions, of_cache = self.config.layer_windows, None, False
+        if cache is None:
+            flex = tokens.is_cuda and torch.is_grad_enabled() and not self.config.dropout
+            masks = causal_masks(windows, (tokens.shape[0], length), documents, tokens.device, flex)
+        else:
+            positions, masks, of_cache = cached_masks(windows, cache, length)
         x = self.token_embedding(tokens)
         rotation: Rotation | None = None
         if self.position_embedding is not None:
@@ -128,7 +142,7 @@ class Transformer(nn.Module):
         elif self.rotary is not None:
             rotation = self.rotary(length if positions is None else positions)
         x = F.dropout(x, self.config.dropout, self.training)
-        shared = Shared(x, rotation, cache, positions, mask)
+        shared = Shared(x, rotation, cache, positions, masks, of_cache)
         for layer, block in enumerate(self.blocks):
             table = self.value_embeddings[str(layer)] if str(layer) in self.value_embeddings else None
             x = self._run(block, x, shared, None if table is None else table(tokens))
@@ -179,28 +193,13 @@ class Transformer(nn.Module):
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations to train on one token of a sequence of `length` tokens, forward and backward.
 
-        Counted as in PaLM, appendix B (Chowdhery et al., 2022): 6 for each weight that multiplies, and
-        12 * n_layers * d_model * length for attention, without credit for the masked half. Recomputation and the rows
-        that pad the vocabulary are not counted: they are not useful work.
+        Counted as in PaLM, appendix B (Chowdhery et al., 2022): 6 for each weight that multiplies, and 12 * d_model *
+        length for the attention of each layer, or the window's length where that is less, without credit for the masked
+        half. Recomputation and the rows that pad the vocabulary are not counted: they are not useful work.
         """
-        attention = 12 * self.config.n_layers * self.config.d_model * length
+        seen = sum(min(length, window or length) for window in self.config.layer_windows)
+        attention = 12 * self.config.d_model * seen
         return 6 * self.num_parameters(non_embedding=True) + attention
-
-
-def _continue(cache: KVCache, length: int) -> tuple[Tensor, Tensor | None]:
-    """Positions `(batch, T)` of `length` new tokens per row, and the mask `(batch, 1, T, extent)` of what they may see.
-
-    No mask is needed where every row is empty: then the new tokens see only one another.
-    """
-    device = cache.lengths.device
-    positions = cache.lengths[:, None] + torch.arange(length, device=device)
-    if not torch.compiler.is_compiling():
-        longest = int(cache.lengths.max())
-        if longest + length > cache.extent:
-            raise ValueError(f"{length} more tokens do not fit: the cache holds {longest} of {cache.extent}")
-        if longest == 0 and length > 1:
-            return positions, None
-    return positions, torch.arange(cache.extent, device=device) <= positions[:, None, :, None]
 
 
 def _keep_products(_context: Any, operation: Any, *_arguments: Any, **_keywords: Any) -> CheckpointPolicy:
@@ -218,4 +217,5 @@ _DEAR = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    flex_attention,
 }

@@ -146,7 +146,7 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_a_checkpoint_older_than_an_option_means_a_model_without_it(saved: Path) -> None:
     state = load_checkpoint(saved)
     state["config"]["training"].pop("z_loss")
-    for option in ("logit_soft_cap", "value_embeddings", "residual_scaling"):
+    for option in ("logit_soft_cap", "value_embeddings", "residual_scaling", "window", "window_pattern"):
         state["config"]["model"].pop(option)
     save_checkpoint(saved, {key: value for key, value in state.items() if key != "format"})
     model, info = load_model(saved)
@@ -173,6 +173,12 @@ def test_same_model_said_in_other_words_is_accepted(saved: Path) -> None:
     other = Transformer(small_config("model.n_kv_heads=2", "model.d_ff=64", "model.dropout=0.1").model)
     load_weights(other, load_checkpoint(saved), saved)
     assert torch.equal(other.output_weight, load_model(saved)[0].output_weight)
+
+
+def test_a_pattern_of_windows_matters_only_where_there_are_windows(saved: Path) -> None:
+    load_weights(Transformer(small_config("model.window_pattern=SL").model), load_checkpoint(saved), saved)
+    with pytest.raises(UserError, match="model.window is None there and 4 here"):
+        load_weights(Transformer(small_config("model.window=4").model), load_checkpoint(saved), saved)
 
 
 def test_weights_that_contradict_their_configuration(saved: Path) -> None:

@@ -155,6 +155,7 @@ def test_gpt2_weights_map_one_to_one() -> None:
         ({**LLAMA, "qk_norm": "true"}, "Llama.*no model.qk_norm=true", "model.qk_norm=false"),
         ({**LLAMA, "logit_soft_cap": 30.0}, "Llama.*no model.logit_soft_cap=30.0", "model.logit_soft_cap=null"),
         ({**GPT2, "logit_soft_cap": 30.0}, "GPT-2.*no model.logit_soft_cap=30.0", "model.logit_soft_cap=null"),
+        ({**LLAMA, "window": 16}, "Llama.*no model.window=16", "model.window=null"),
         (
             {**LLAMA, "value_embeddings": "all", "residual_scaling": "true"},
             "Llama.*no model.value_embeddings=all, model.residual_scaling=true",

@@ -50,7 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "demo": {},
     "gpt2": {**GPT2_LIKE, "tie_embeddings": "true"},
     "llama": LLAMA_LIKE,
-    "skips": SKIPS,
+    "skips": {**SKIPS, "window": 5, "window_pattern": "S"},
 }
 
 
@@ -386,6 +386,7 @@ class TestKVCache:
         norm=st.sampled_from(["rmsnorm", "layernorm"]),
         qk_norm=st.booleans(),
         skips=st.booleans(),
+        window=st.sampled_from([None, 1, 3, 8]),
         lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
         steps=st.lists(st.integers(1, 4), max_size=4),
         seed=st.integers(0, 1000),
@@ -398,6 +399,7 @@ class TestKVCache:
         norm: str,
         qk_norm: bool,
         skips: bool,
+        window: int | None,
         lengths: list[int],
         steps: list[int],
         seed: int,
@@ -411,6 +413,7 @@ class TestKVCache:
             qk_norm=str(qk_norm).lower(),
             value_embeddings="alternate" if skips else "none",
             residual_scaling=str(skips).lower(),
+            window=window,
         )
         model, batch = stirred(Transformer(config).eval()), len(lengths)
         tokens = random_tokens(batch, 32, seed=seed)
