@@ -99,6 +99,26 @@ def show(config: Config, wanted: bool = True) -> None:
         raise typer.Exit()
 
 
+def command_line(script: str, recipe: Path | None, overrides: Sequence[str] | None, *more: str) -> str:
+    """A command as one types it, such as the next one of the road, with the settings that this one was given."""
+    import shlex
+
+    return shlex.join(["python", script, *(["--config", str(recipe)] if recipe else []), *(overrides or []), *more])
+
+
+def size_of(option: str, text: str) -> int:
+    """The number of bytes, at least 1, that the value of an option names, such as `5GB`; `UserError` if it does not."""
+    from config.sources import byte_count
+
+    try:
+        size = int(byte_count(text))
+    except ValueError as error:
+        raise UserError(f"{option}: {error}.") from error
+    if size < 1:
+        raise UserError(f"{option}: it must be more than 0.")
+    return size
+
+
 def progress(in_bytes: bool = False, **options: Any) -> Progress:
     """A progress bar with count (or bytes and their rate), elapsed time and ETA, on standard error.
 

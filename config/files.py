@@ -168,7 +168,7 @@ def recover_directory(target: Path) -> None:
 def exclusive(path: Path, busy: str) -> Iterator[None]:
     """Hold `path` for this process alone, by a lock file beside it; the lock ends with the process, however that ends.
 
-    Raises `UserError(busy)` where another process holds it. Without `fcntl` (Windows), or in a storage, there is none.
+    Raises `UserError(busy)` where another process holds it. In a storage there is no lock.
     """
     if is_remote(path):
         yield
@@ -176,14 +176,26 @@ def exclusive(path: Path, busy: str) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     with disk_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "wb")
+        file = try_lock(lock)
+    if file is None:
+        raise UserError(busy)
     with file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError as error:
-            raise UserError(busy) from error
         yield
+
+
+def try_lock(path: Path) -> IO[bytes] | None:
+    """The file `path`, locked until it is closed or the process ends; None where somebody else has locked it.
+
+    Threads of one process exclude each other, too. Without `fcntl` (Windows) there are no locks.
+    """
+    file = open(path, "wb")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        file.close()
+        return None
+    return file

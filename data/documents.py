@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 from config.errors import UserError
 from config.sources import SourceConfig
 from data.manifest import QUARANTINE, RawFile, RawManifest, load_raw_manifest
+from data.transport.slots import CONNECTIONS
 
 if TYPE_CHECKING:
     from data.formats.rows import Fault, Row
@@ -39,7 +40,7 @@ class BadRecord:
     count: int = 1
     """Rows that this record stands for."""
     columns: tuple[str, ...] = field(default=())
-    """The columns that are there, where the text column is not."""
+    """The columns that are there, where the text column is missing or holds no text."""
 
 
 def document_id(source: str, position: str) -> str:
@@ -50,13 +51,15 @@ def document_id(source: str, position: str) -> str:
 
 
 def read_documents(
-    folder: Path, source: SourceConfig, name: str, *, part: int = 0, parts: int = 1
+    folder: Path, source: SourceConfig, name: str, *, part: int = 0, parts: int = 1, connections: int = CONNECTIONS
 ) -> Iterator[Document | BadRecord]:
     """The documents of the downloaded source in `folder`, and a `BadRecord` for each record that is none.
 
     With `parts` above 1, the share of worker `part`: row groups, or files where they cannot be split, are dealt out in
     turn. All parts together are the same documents with the same ids, whatever their number. Memory is bounded by the
-    longest record. Raises `UserError` at once if the data is missing, incomplete or not what `source` asks for.
+    longest record. Of a streamed source, all readers of this machine together have at most `connections` requests at a
+    time to one host, or as many as its publisher allows. Raises `UserError` at once if the data is missing, incomplete
+    or not what `source` asks for.
     """
     if not 0 <= part < parts:
         raise ValueError(f"part {part} of {parts}")
@@ -68,11 +71,11 @@ def read_documents(
         path = folder / file.path
         if not path.is_file() or path.stat().st_size != file.bytes:
             raise UserError(f"{path} is missing or damaged. Run {command} to mend it.")
-    return _read(folder, manifest, source, name, part, parts)
+    return _read(folder, manifest, source, name, part, parts, connections)
 
 
 def _read(
-    folder: Path, manifest: RawManifest, source: SourceConfig, name: str, part: int, parts: int
+    folder: Path, manifest: RawManifest, source: SourceConfig, name: str, part: int, parts: int, connections: int
 ) -> Iterator[Document | BadRecord]:
     from data.formats import read_rows
     from data.quarantine import read_quarantine
@@ -85,7 +88,7 @@ def _read(
         wanted = _share(raw, index, len(manifest.files), part, parts, manifest.streamed)
         if wanted is None:
             continue
-        with open_raw(folder, manifest, raw) as file:
+        with open_raw(folder, manifest, raw, connections) as file:
             if manifest.layout == "documents":
                 yield from read_stored(file, name, wanted)
                 continue
@@ -93,14 +96,15 @@ def _read(
                 yield _published(name, raw.path, row)
 
 
-def open_raw(folder: Path, manifest: RawManifest, raw: RawFile) -> IO[bytes]:
-    """One file of the source in `folder`, open where it is: on disk, or at its publisher's."""
+def open_raw(folder: Path, manifest: RawManifest, raw: RawFile, connections: int = CONNECTIONS) -> IO[bytes]:
+    """One file of the source in `folder`, open where it is: on disk, or at its publisher's, by so many connections."""
     if not manifest.streamed:
         return (folder / raw.path).open("rb")
     from data.published.opening import open_published
 
     assert raw.url is not None
-    return open_published(raw.url, raw.bytes if raw.whole else None, raw.etag)
+    connections = min(connections, manifest.connections or connections)
+    return open_published(raw.url, raw.bytes if raw.whole else None, raw.etag, connections)
 
 
 def row_options(source: SourceConfig) -> dict[str, Any]:

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from config.command import PrintConfig, Recipe, progress, resolve, run
+from config.command import PrintConfig, Recipe, command_line, progress, resolve, run, size_of
 from config.errors import UserError
 
 if TYPE_CHECKING:
-    from config.schema import Config
+    from collections.abc import Iterator
+
+    from config.schema import Config, DataConfig
 
 Words = Annotated[
     list[str] | None,
@@ -64,21 +66,9 @@ def download_datasets(
     if list_sources:
         print_sources(config.data)
         return
-    _download(names or config.data.use, config, force, verify, _size(max_bytes))
-    print(f"Next: {_next_command(names if names != config.data.use else [], recipe, overrides)}")
-
-
-def _size(text: str | None) -> int | None:
-    """The number of bytes that `--max-bytes` names."""
-    from config.sources import byte_count
-
-    try:
-        size = None if text is None else int(byte_count(text))
-    except ValueError as error:
-        raise UserError(f"--max-bytes: {error}.") from error
-    if size == 0:
-        raise UserError("--max-bytes: it must be more than 0.")
-    return size
+    _download(names or config.data.use, config, force, verify, size_of("--max-bytes", max_bytes) if max_bytes else None)
+    for line in _next_lines(names, config.data, recipe, overrides):
+        print(line)
 
 
 def _download(names: list[str], config: Config, force: bool, verify: bool, max_bytes: int | None) -> None:
@@ -105,14 +95,28 @@ def _download(names: list[str], config: Config, force: bool, verify: bool, max_b
         report(name, done)
 
 
-def _next_command(names: list[str], recipe: Recipe, overrides: list[str]) -> str:
-    """The tokenizer's command with the settings that this one was given."""
-    import shlex
+def _next_lines(names: list[str], data: DataConfig, recipe: Recipe, overrides: list[str]) -> Iterator[str]:
+    """What to type next, with the settings that this command was given: texts are tokenized, conversations trained on.
 
-    words = ["python", "data/tokenizer.py", *(["--config", str(recipe)] if recipe else []), *overrides]
-    if names and not any(override.startswith("data.use=") for override in overrides):
-        words.append(f"data.use=[{','.join(dict.fromkeys(names))}]")
-    return shlex.join(words)
+    `names` are the sources that were asked for by name; without any, those in `data.use` are there now.
+    """
+    from pathlib import Path
+
+    from config.sources import CONVERSATIONS
+
+    talks = {name for name, source in data.sources.items() if getattr(source, "text_column", None) == CONVERSATIONS}
+    asked = list(dict.fromkeys(names or data.use))
+    texts = [name for name in asked if name not in talks]
+    if texts:
+        chosen = any(word.startswith("data.use=") for word in overrides)
+        use = [name for name in data.use if name not in talks] if chosen else texts
+        more = [f"data.use=[{','.join(use)}]"] if use != data.use else []
+        others = [word for word in overrides if not (more and word.startswith("data.use="))]
+        yield f"Next: {command_line('data/tokenizer.py', recipe, others, *more)}"
+    for name in [name for name in asked if name in talks]:
+        when = "Once there is a model to teach" if texts else "Next"
+        dataset = ("--dataset", str(Path(data.raw_dir) / name))
+        yield f"{when}: {command_line('scripts/finetune.py', recipe, overrides, *dataset)}"
 
 
 def main() -> None:

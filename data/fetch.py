@@ -3,7 +3,8 @@
 A file `name` is written to `name.part`. Beside it `name.fetch` says of which content that is a part: the address, the
 strong ETag of the answer, the publisher's checksum. After an interruption, `kill -9` included, the part is hashed again
 from disk and the rest is asked for with `Range` and `If-Range`, so a server whose file has changed sends it whole.
-When size and checksum are right the part takes its name. Errors that pass (429, 5xx, broken connections) are tried
+When size and checksum are right the part takes its name. What a server packs on the way is unpacked as it comes, and
+cannot be continued. Errors that pass (429, 5xx, broken connections) are tried
 again, after as long as `Retry-After` says, for as long as tries bring new bytes.
 """
 
@@ -21,6 +22,7 @@ import tenacity
 
 from config.files import disk_errors
 from data.transport.notes import Fetched, RemoteFile, finished, read_note, unfinished_bytes, write_note
+from data.transport.packing import own_content, packing_of
 from data.transport.retry import (
     FRUITLESS_TRIES,
     FetchError,
@@ -31,15 +33,14 @@ from data.transport.retry import (
     total_size,
     waiting_time,
 )
+from data.transport.slots import CONNECTIONS, Stopped, connection
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from data.transport.notes import Note
 
 DAMAGED_TRIES = 3
-
-
-class Stopped(Exception):
-    """The fetch was told to stop; what has arrived stays for the next one."""
 
 
 class FileFetch:
@@ -50,6 +51,7 @@ class FileFetch:
         stop: makes `run` raise `Stopped` at the next chunk or wait.
         first_wait: seconds before the second try; it doubles with every try that brings nothing.
         waiting: called with what is waited for before each new try, and with nothing when it begins.
+        connections: most requests at a time to the host, of all that this user fetches and streams on this machine.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class FileFetch:
         stop: threading.Event | None = None,
         first_wait: float = 1.0,
         waiting: Callable[[str], None] = lambda why: None,
+        connections: int = CONNECTIONS,
     ) -> None:
         self._client = client
         self._file = file
@@ -67,6 +70,8 @@ class FileFetch:
         self._stop = stop or threading.Event()
         self._first_wait = first_wait
         self._waiting = waiting
+        self._connections = connections
+        self._in_parts = True
         self._part = file.part
         self._digests = _Digests(file)
         self._length = 0
@@ -121,7 +126,7 @@ class FileFetch:
             # A copy, since the file may be the same one as in an earlier download that is still in use.
             shutil.copyfile(self._file.path, self._part)
             self._file.path.unlink()
-            write_note(self._file, etag=note.etag)
+            write_note(self._file, etag=note.etag, sent_as_is=note.sent_as_is)
 
     def _recover(self) -> None:
         """Take up the part that is on disk, if it is one of the content that is wanted now."""
@@ -146,18 +151,22 @@ class FileFetch:
             return
         headers = {"Accept-Encoding": "identity"}
         note = read_note(self._file)
-        if self._length or self._file.take is not None:
+        if self._length or self._file.take is not None and self._in_parts:
             end = "" if self._file.take is None else self._file.take - 1
             headers["Range"] = f"bytes={self._length}-{end}"
         if self._length:
             if note is not None and note.etag is not None:
                 headers["If-Range"] = note.etag
-        with network(), self._client.stream("GET", self._file.url, headers=headers) as response:
-            total = self._accept(response, note)
+        with (
+            network(),
+            connection(self._file.url, self._connections, self._stop, self._waiting),
+            self._client.stream("GET", self._file.url, headers=headers) as response,
+        ):
+            total, content = self._accept(response, note)
             with disk_errors(self._part), open(self._part, "r+b" if self._length else "wb") as part:
                 part.seek(self._length)
                 part.truncate()
-                for chunk in response.iter_raw():
+                for chunk in content:
                     self._check_stop()
                     if self._file.take is not None:
                         chunk = chunk[: self._file.take - self._length]
@@ -175,30 +184,41 @@ class FileFetch:
             return self._length >= self._file.take
         return self._file.size is not None and self._length > self._file.size
 
-    def _accept(self, response: httpx.Response, note: Note | None) -> int | None:
-        """Check the head of the answer and make the part fit it; the length of the whole file, where it is told."""
+    def _accept(self, response: httpx.Response, note: Note | None) -> tuple[int | None, Iterator[bytes]]:
+        """Check the head of the answer and make the part fit it.
+
+        The length of the whole file, where it is told, and the bytes that follow those of the part.
+        """
         if response.status_code == 416:
             self._discard()
             raise Passing("the part on disk is longer than the file", damaged=True)
         check_status(response)
-        if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise FetchError(f"{self._file.url} is sent compressed, so its size and checksum cannot be told.")
         etag = strong_etag(response)
         total = total_size(response)
-        if response.status_code == 206 and not self._length:
-            write_note(self._file, etag=etag)
-            return total
-        if response.status_code == 206:
+        if response.status_code == 206 and self._length:
             same = note is None or note.etag is None or etag is None or etag == note.etag
             if not same or not response.headers.get("Content-Range", "").startswith(f"bytes {self._length}-"):
                 self._discard()
                 raise Passing("the file changed meanwhile")
-            return total
+            if packing_of(response) is not None and not (note is not None and note.sent_as_is):
+                self._refuse_parts()
+            return total, response.iter_raw()
         self._discard()
-        if self._file.size is not None and total is not None and total != self._file.size:
+        content, unpacked = own_content(response, self._file.url)
+        if unpacked and response.status_code == 206:
+            self._refuse_parts()
+        total = None if unpacked else total
+        whole = response.status_code == 200
+        if whole and self._file.size is not None and total is not None and total != self._file.size:
             raise Passing(f"it has {total} bytes instead of {self._file.size}", damaged=True)
-        write_note(self._file, etag=etag)
-        return total
+        write_note(self._file, etag=etag, sent_as_is=packing_of(response) is not None and not unpacked)
+        return total, content
+
+    def _refuse_parts(self) -> None:
+        """Begin anew without asking for a part: those of what is packed on the way are no parts of the file."""
+        self._discard()
+        self._in_parts = False
+        raise Passing("it is sent packed", wait=0.0)
 
     def _verify(self, total: int | None) -> None:
         """Discard the part and raise `Passing` if it is not the file that the publisher or the answer describes."""
@@ -228,9 +248,10 @@ class FileFetch:
             with open(self._part, "rb+") as part:
                 os.fsync(part.fileno())
             note = read_note(self._file)
-            write_note(self._file, etag=note.etag if note else None, size=self._length, sha256=sha256)
+            etag, as_is = (note.etag, note.sent_as_is) if note else (None, False)
+            write_note(self._file, etag, self._length, sha256, as_is)
             os.replace(self._part, self._file.path)
-        return Fetched(self._file, self._length, sha256, note.etag if note else None)
+        return Fetched(self._file, self._length, sha256, etag)
 
     def _check_stop(self) -> None:
         if self._stop.is_set():

@@ -85,7 +85,7 @@ def print_available(data: DataConfig) -> None:
     from rich.table import Table
 
     table = Table("source", "kind")
-    for heading in ("size", "licence", "home"):
+    for heading in ("size, about", "licence", "home"):
         table.add_column(heading, overflow="fold")
     for name, source in data.sources.items():
         about = source.about
@@ -94,7 +94,7 @@ def print_available(data: DataConfig) -> None:
             home = f"https://huggingface.co/datasets/{source.repository}"
         table.add_row(name, source.kind, about.size or "", about.licence or "", home or "")
     _print(table)
-    print("Sizes are about those of the files to fetch. Fetch one by its name, a part of it with --max-bytes:")
+    print("Sizes are those of the files to fetch, about; sets grow. Fetch one by its name, a part with --max-bytes:")
     print("python data/download_datasets.py NAME --max-bytes 1GB")
 
 

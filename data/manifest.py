@@ -67,6 +67,8 @@ class RawManifest(BaseModel):
     """The files are not here: they are read from their addresses."""
     limit: int | None = None
     """The limit in bytes that left something out, or None where everything is here."""
+    connections: int | None = None
+    """Most requests at a time that the publisher of streamed files allows, where that is known."""
     taken: int | None = None
     """Bytes that count towards the limit: of the files, or the beginnings of them, at their publisher."""
     files: list[RawFile]

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from config.command import Overrides, PrintConfig, Recipe, progress, resolve, run
+from config.command import Overrides, PrintConfig, Recipe, command_line, progress, resolve, run
 from config.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from config.schema import DataConfig
     from data.pipeline.work import Show
 
@@ -44,10 +42,10 @@ def preprocess(
     config = resolve(recipe, overrides, print_config)
     if dry_run is not None:
         _dry_run(config.data, dry_run)
-        print(f"Next: {_again(recipe, overrides or [])}")
+        print(f"Next: {command_line('data/preprocess.py', recipe, overrides)}")
         return
     _preprocess(config.data, force)
-    print(f"Next: {_next_command(recipe, overrides or [])}")
+    print(f"Next: {command_line('scripts/train.py', recipe, overrides)}")
 
 
 def _preprocess(data: DataConfig, force: bool) -> None:
@@ -83,22 +81,6 @@ def _shown(data: DataConfig, stopped: str) -> Iterator[Show]:
             yield lambda stage, done, total: bars.update(bar, description=stage, completed=done, total=total)
     except KeyboardInterrupt as error:
         raise UserError(stopped) from error
-
-
-def _next_command(recipe: Path | None, overrides: list[str]) -> str:
-    """The training command with the settings that this one was given."""
-    return _command("scripts/train.py", recipe, overrides)
-
-
-def _again(recipe: Path | None, overrides: list[str]) -> str:
-    """This command with the settings that it was given."""
-    return _command("data/preprocess.py", recipe, overrides)
-
-
-def _command(script: str, recipe: Path | None, overrides: list[str]) -> str:
-    import shlex
-
-    return shlex.join(["python", script, *(["--config", str(recipe)] if recipe else []), *overrides])
 
 
 def main() -> None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from config.command import Overrides, PrintConfig, Recipe, progress, resolve, run
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from config.command import Overrides, PrintConfig, Recipe, command_line, progress, resolve, run
 
 
 def train_tokenizer(overrides: Overrides = None, recipe: Recipe = None, print_config: PrintConfig = False) -> None:
@@ -37,14 +32,7 @@ def train_tokenizer(overrides: Overrides = None, recipe: Recipe = None, print_co
         built = build(config, show)
     built.tokenizer.save(directory)
     print_report(built, config.data.tokenizer, before)
-    print(f"Wrote {directory}\nNext: {_next_command(recipe, overrides or [])}")
-
-
-def _next_command(recipe: Path | None, overrides: list[str]) -> str:
-    """The preprocessing command with the settings that this one was given."""
-    import shlex
-
-    return shlex.join(["python", "data/preprocess.py", *(["--config", str(recipe)] if recipe else []), *overrides])
+    print(f"Wrote {directory}\nNext: {command_line('data/preprocess.py', recipe, overrides)}")
 
 
 def main() -> None:

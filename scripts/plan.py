@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from config.command import Overrides, PrintConfig, Recipe, resolve, run
+from config.command import Overrides, PrintConfig, Recipe, command_line, resolve, run, size_of
 
 if TYPE_CHECKING:
     from config.schema import DataConfig
@@ -42,8 +42,8 @@ def data(
     data/download_datasets.py and data/tokenizer.py to have run.
     """
     config = resolve(recipe, overrides, print_config)
-    bytes_of = [_bytes("--size", size) for size in sizes]
-    sample_bytes = _bytes("--sample", sample)
+    bytes_of = [size_of("--size", size) for size in sizes]
+    sample_bytes = size_of("--sample", sample)
     from data.listing import check_names
     from data.pipeline.calibration import calibrate
 
@@ -112,29 +112,14 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
-def _bytes(option: str, text: str) -> int:
-    from config.errors import UserError
-    from config.sources import byte_count
-
-    try:
-        count = int(byte_count(text))
-    except ValueError as error:
-        raise UserError(f"{option}: {error}.") from error
-    if count < 1:
-        raise UserError(f"{option}: it must be more than 0.")
-    return count
-
-
 def _next_command(
     recipe: Recipe, overrides: list[str], data: DataConfig, measured: Measured, size: int, cores: int
 ) -> str:
     """Preprocessing with the settings that this command was given, cut as it proposes for the first size."""
-    import shlex
-
-    words = ["python", "data/preprocess.py", *(["--config", str(recipe)] if recipe else []), *overrides]
-    if not any(override.startswith("data.preprocess.tasks=") for override in overrides):
-        words.append(f"data.preprocess.tasks={tasks_for(size, cores, measured.bytes_per_second)}")
-    return shlex.join(words)
+    more = [f"data.preprocess.tasks={tasks_for(size, cores, measured.bytes_per_second)}"]
+    if any(override.startswith("data.preprocess.tasks=") for override in overrides):
+        more = []
+    return command_line("data/preprocess.py", recipe, overrides, *more)
 
 
 def main() -> None:

@@ -10,8 +10,10 @@ import hashlib
 import json
 import sys
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -79,7 +81,11 @@ class Request:
 
 
 class HubServer:
-    """The server; a context manager. Set `HF_ENDPOINT` to its `endpoint`. `static` files answer by their path alone."""
+    """The server; a context manager. Set `HF_ENDPOINT` to its `endpoint`. `static` files answer by their path alone.
+
+    `packings` are named as `Content-Encoding` with files by their path; `delay` is how many seconds the content of a
+    file takes; `busiest` is the most of them that were under way at once.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -89,6 +95,11 @@ class HubServer:
         self.paused = threading.Event()
         self.resume = threading.Event()
         self.page = 2
+        self.packings: dict[str, str] = {}
+        self.delay = 0.0
+        self.busiest = 0
+        self._busy = 0
+        self._counting = threading.Lock()
         owner = self
 
         class Handler(_Handler):
@@ -110,6 +121,19 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count an answer that is under way."""
+        with self._counting:
+            self._busy += 1
+            self.busiest = max(self.busiest, self._busy)
+        time.sleep(self.delay)
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._busy -= 1
 
     def bodies(self, path: str) -> list[Request]:
         """Requests that were answered with content of the file, in order."""
@@ -150,7 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server_state.requests.append(request)
         parts = request.path.strip("/").split("/")
         if (file := self.server_state.static.get(request.path)) is not None:
-            self._content(request, request.path, file, f'"{hashlib.sha1(file).hexdigest()}"')
+            with self.server_state.answering():
+                self._content(request, request.path, file, f'"{hashlib.sha1(file).hexdigest()}"')
             return
         if parts[0] == "storage":
             self._storage(request, parts[1], "/".join(parts[2:]))
@@ -248,7 +273,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = answer.body if answer.body is not None else body
         etag = answer.etag or etag
         start, end = 0, len(body)
-        headers = {"ETag": etag, "Accept-Ranges": "bytes", **answer.headers}
+        packing = {"Content-Encoding": self.server_state.packings[path]} if path in self.server_state.packings else {}
+        headers = {"ETag": etag, "Accept-Ranges": "bytes", **packing, **answer.headers}
         asked = request.headers.get("range")
         if asked and request.headers.get("if-range", etag) == etag and not answer.ignore_range:
             first, _, last = asked.removeprefix("bytes=").partition("-")

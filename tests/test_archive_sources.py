@@ -114,6 +114,15 @@ class TestCommonCrawl:
         download(config, "common_crawl")
         assert sorted({number // 3 for number in numbers(documents(config, "common_crawl"))}) == taken
 
+    @pytest.mark.parametrize("packed", ["once", "twice"])
+    def test_a_server_that_names_the_packing_of_the_list(self, server: HubServer, packed: str) -> None:
+        path = f"/crawl-data/{CRAWL}/wet.paths.gz"
+        server.packings[path] = "gzip"
+        if packed == "twice":
+            server.static[path] = gzip.compress(server.static[path])
+        assert download(config_of(server, "common_crawl", files=1), "common_crawl").manifest.documents == 3
+        assert {request.headers["accept-encoding"] for request in server.requests} == {"identity"}
+
     def test_files_and_fraction_exclude_each_other(self, server: HubServer) -> None:
         with pytest.raises(UserError, match="files or fraction"):
             config_of(server, "common_crawl", files=1, fraction=0.5)

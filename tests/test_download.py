@@ -271,6 +271,18 @@ class TestFileFetch:
         assert fetch(**self.right()) == first
         assert hub.requests == []
 
+    def test_a_finished_file_of_another_content_is_fetched_anew(
+        self, fetch: Callable[..., Fetched], hub: HubServer
+    ) -> None:
+        old = random.Random(1).randbytes(len(BODY))
+        hub.misbehave["file.bin"] = [Answer(body=old, etag='"old"')]
+        fetch(size=len(BODY), etag='"old"')
+        hub.requests.clear()
+        fetch(size=len(BODY), etag='"old"')
+        assert self.path.read_bytes() == old and not hub.requests
+        done = fetch(size=len(BODY), etag='"new"')
+        assert self.path.read_bytes() == BODY and done.etag == f'"{hashlib.sha256(BODY).hexdigest()}"'
+
     def test_an_address_that_is_not_there(self, fetch: Callable[..., Fetched], hub: HubServer) -> None:
         hub.repos["owner/file"].branches["main"] = {}
         with pytest.raises(FetchError, match="404") as error:
@@ -433,6 +445,23 @@ class TestHub:
         with pytest.raises(UserError, match=r"no column 'story'.*id, text.*data\.sources\.tinystories\.text_column"):
             download(hub_config(text_column="story"))
         assert not any(request.status == 200 for request in hub.bodies(".parquet"))
+
+    def test_the_first_rows_need_not_have_text(self, hub: HubServer) -> None:
+        lines = [b'{"id": 1}', b'{"id": 2, "text": null}', b'{"text": ""}', b"not json", b'{"id": 3, "text": "a mill"}']
+        for repository, first in (("owner/late", lines), ("owner/number", lines[1:2] + lines[-1:])):
+            hub.repos[repository] = Repo({"main": {"train.jsonl": b"\n".join(first)}})
+            download(hub_config(repository))
+            assert [document.text for document in documents(hub_config(repository))] == ["a mill"]
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+    def test_a_column_without_text_is_refused(self, hub: HubServer, suffix: str) -> None:
+        body = parquet(stories(20)) if suffix == "parquet" else b'{"id": 7, "text": "a mill"}\n' * 20
+        hub.repos["owner/file"] = Repo({"main": {f"train.{suffix}": body}}, large=lambda path: True)
+        with pytest.raises(
+            UserError, match="has no text in the column 'id'. Its columns are: id, text. Set data.sources"
+        ):
+            download(hub_config("owner/file", text_column="id"))
+        assert not any(request.status == 200 for request in hub.bodies(f".{suffix}"))
 
     def test_max_documents_takes_only_the_files_it_needs(self, hub: HubServer) -> None:
         config = hub_config(max_documents=120)

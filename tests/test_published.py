@@ -9,12 +9,14 @@ import io
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 import zstandard
+from typer.main import get_command
 
 from config.command import run
 from config.errors import UserError
@@ -37,6 +41,8 @@ from data.pipeline.run import preprocess
 from data.sources import Job
 from data.tokenization.build import build
 from data.transport.remote import LONGEST_READ, RemoteStream
+from scripts.finetune import finetune
+from tests.archives import articles, dump_files, multistream
 from tests.hub_server import Answer, HubServer, Repo
 from tests.workspace import small_tokenizer
 
@@ -298,6 +304,90 @@ class TestStreaming:
             remote.close()
 
 
+class TestConnections:
+    """What one server gets at a time from this machine, however many processes read."""
+
+    def test_all_workers_together_keep_to_the_limit(self, server: HubServer) -> None:
+        addresses = publish(server, **{f"file{number}__jsonl": jsonl(records(40, number)) for number in range(8)})
+        limits = ["data.connections_per_host=2", "data.preprocess.workers=4", "data.preprocess.tasks=4"]
+        config = config_of("data.streaming=true", *limits, web=urls(addresses))
+        small_tokenizer().save(Path(config.data.tokenizer_dir))
+        download(config)
+        server.delay, server.busiest = 0.3, 0
+        manifest, _ = preprocess(config.data, force=False, show=lambda stage, done, total: None)
+        assert server.busiest == 2 and manifest.funnel["web"].read.documents == 320
+
+    def test_a_publisher_may_ask_for_fewer(self, server: HubServer) -> None:
+        server.static.update(dump_files("dewiki", {"20240301": "done"}, multistream(articles(60))[0]))
+        wiki = {"kind": "wikipedia", "format": "dump", "language": "de", "base_url": server.endpoint}
+        config = config_of("data.streaming=true", web=wiki)
+        download(config)
+        server.delay, server.busiest = 0.1, 0
+        with ThreadPoolExecutor(4) as readers:
+            shares = readers.map(lambda part: documents(config, part=part, parts=4), range(4))
+        assert sum(map(len, shares)) == 60 and server.busiest == 2
+
+    def test_a_connection_of_a_process_that_was_killed_is_free(self, server: HubServer) -> None:
+        (address,) = publish(server, a__jsonl=jsonl(records(5)))
+        code = f"with connection({address!r}, 1):\n    print('held', flush=True)\n    time.sleep(60)"
+        line = [sys.executable, "-c", f"import time\nfrom data.transport.slots import connection\n{code}"]
+        with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            reader = threading.Thread(
+                target=download, args=[config_of("data.connections_per_host=1", web=urls([address]))]
+            )
+            reader.start()
+            reader.join(0.5)
+            assert reader.is_alive() and not server.requests
+            holder.kill()
+            reader.join(30)
+        assert Path("corpus/raw/web/a.jsonl").read_bytes() == jsonl(records(5))
+
+
+class TestPackedOnTheWay:
+    """Servers that name a packing that nobody asked for: what is read is the file itself."""
+
+    BODY = b"".join(jsonl(records(40, number)) for number in range(3))
+    ONCE = gzip.compress(BODY)
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+    def test_the_files_own_packing_named_once_more(self, server: HubServer, name: str, streaming: bool) -> None:
+        server.static[f"/{name}"] = self.ONCE if name.endswith("gz") else zstandard.compress(self.BODY)
+        server.packings[f"/{name}"] = "x-gzip" if name.endswith("gz") else "zstd"
+        source = urls([f"{server.endpoint}/{name}"], streaming=streaming)
+        server.misbehave[f"/{name}"] = [] if streaming else [Answer(), Answer(), Answer(), Answer(cut_after=5000)]
+        config = config_of(web=source)
+        download(config)
+        assert len(documents(config)) == 120
+        if not streaming:
+            assert Path("corpus/raw/web", name).read_bytes() == server.static[f"/{name}"]
+            assert [request.range_start for request in server.bodies(name)][-2:] == [0, 5000], "parts are of the file"
+
+    @pytest.mark.parametrize(
+        ("name", "own", "sent"),
+        [("a.jsonl.gz", ONCE, gzip.compress(ONCE)), ("a.jsonl", BODY, ONCE), ("a.jsonl", BODY, BODY)],
+    )
+    def test_a_packing_on_top_is_taken_off(self, server: HubServer, name: str, own: bytes, sent: bytes) -> None:
+        server.static[f"/{name}"], server.packings[f"/{name}"] = sent, "gzip"
+        address = f"{server.endpoint}/{name}#sha256={hashlib.sha256(own).hexdigest()}"
+        config = config_of(web=urls([address]))
+        server.misbehave[f"/{name}"] = [Answer(), Answer(), Answer(), Answer(cut_after=5000)]
+        assert not download(config).manifest.streamed
+        assert Path("corpus/raw/web", name).read_bytes() == own and len(documents(config)) == 120
+        assert download(config, max_bytes=5000, force=True).manifest.taken == 5000
+        assert Path("corpus/raw/web", name).read_bytes() == own[:5000]
+        if own != sent:
+            with pytest.raises(UserError, match="sent packed .gzip., so it cannot be streamed, only fetched"):
+                download(config_of(web=urls([address], streaming=True)), force=True)
+
+    def test_a_packing_that_nobody_knows(self, server: HubServer) -> None:
+        addresses = publish(server, a__jsonl=self.BODY)
+        server.packings["/a.jsonl"] = "br"
+        with pytest.raises(UserError, match="sent packed as br, which cannot be unpacked"):
+            download(config_of(web=urls(addresses)))
+
+
 class TestKeep:
     @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.zst", "csv"])
     def test_rows_of_some_components(self, server: HubServer, suffix: str) -> None:
@@ -393,12 +483,23 @@ class TestLimits:
         with pytest.raises(UserError, match="not one row fits into the limit of 10 bytes"):
             download(config, max_bytes=10)
 
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_rows_that_end_before_the_bytes_do(self, server: HubServer, streaming: bool) -> None:
+        bodies = [jsonl(records(100, seed)) for seed in range(3)]
+        addresses = publish(server, a__jsonl=bodies[0], b__jsonl=bodies[1], c__jsonl=bodies[2])
+        config = config_of(web=urls(addresses, max_documents=120, streaming=streaming))
+        manifest = download(config, max_bytes=len(bodies[0] + bodies[1]) + 1000).manifest
+        assert [file.documents for file in manifest.files] == [100, 20]
+        assert manifest.limit is None and manifest.taken == len(bodies[0] + bodies[1])
+        assert not download(config).fetched, "a larger limit adds nothing"
+
     def test_of_ones_own_files(self, server: HubServer, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl(records(100)))
         (tmp_path / "b.jsonl").write_bytes(jsonl(records(100, 1)))
         source = {"kind": "files", "paths": [str(tmp_path / "*.jsonl")], "max_bytes": "30KB", "max_documents": 90}
         config = config_of(web=source)
-        assert download(config).manifest.limit == 30_000
+        manifest = download(config).manifest
+        assert manifest.limit is None and manifest.taken == 30_000, "the rows ended it, not the bytes"
         expected = [row["text"] for row in records(100)]
         found = [document.text for document in documents(config)]
         assert found == expected[: len(found)] and 50 < len(found) <= 90
@@ -552,3 +653,37 @@ class TestExamples:
         assert "1 of 110 rows" in capsys.readouterr().err
         with pytest.raises(UserError, match="1 of 110 lines of corpus/raw/web cannot be used"):
             read_examples(folder)
+
+    def test_what_to_type_next_depends_on_what_it_is(
+        self, server: HubServer, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]
+        talk, text = publish(server, talk__jsonl=jsonl([{"messages": turns}] * 20), text__jsonl=jsonl(records(20)))
+        named = [f"data.sources.talk={json.dumps(urls([talk], text_column='messages'))}"]
+        named += [f"data.sources.text={json.dumps(urls([text]))}", "data.corpus_dir=my corpus"]
+
+        def lines(*words: str) -> list[list[str]]:
+            with pytest.raises(SystemExit) as stopped:
+                run(download_datasets, [*words, *named])
+            assert stopped.value.code == 0
+            said = [line.partition(": python ") for line in capsys.readouterr().out.splitlines()]
+            return [[when, *shlex.split(command)] for when, between, command in said if between]
+
+        teach = ["scripts/finetune.py", *named, "--dataset", "my corpus/raw/talk"]
+        assert lines("talk") == [["Next", *teach]]
+        settings = finetune_settings(teach[1:])
+        assert settings["dataset"] == Path("my corpus/raw/talk") and settings["overrides"] == named
+        assert load_config([], settings["overrides"]).data.sources["talk"].kind == "urls"
+        assert len(read_examples(settings["dataset"])) == 20
+        assert lines("text", "talk") == [
+            ["Next", "data/tokenizer.py", *named, "data.use=[text]"],
+            ["Once there is a model to teach", *teach],
+        ]
+        assert lines("data.use=[talk, text]")[0] == ["Next", "data/tokenizer.py", *named, "data.use=[text]"]
+
+
+def finetune_settings(arguments: list[str]) -> dict[str, Any]:
+    """What scripts/finetune.py understands of its arguments."""
+    app = typer.Typer()
+    app.command()(finetune)
+    return dict(get_command(app).make_context("finetune", arguments).params)

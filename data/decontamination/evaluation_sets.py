@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import polars as pl
@@ -20,6 +21,9 @@ from data.published.listing import ListedFile
 from data.published.opening import open_published
 from data.sources.paths import input_files
 from data.texts import texts_of
+
+if TYPE_CHECKING:
+    from io import BufferedReader
 
 
 def build_grams(config: DecontaminationConfig) -> Grams:
@@ -83,4 +87,4 @@ def _files(name: str, entry: EvaluationSetConfig) -> list[ListedFile]:
 
 def _checksum(file: ListedFile) -> str:
     with open_published(file.url) as content:
-        return hashlib.sha256(content.read()).hexdigest()
+        return hashlib.file_digest(cast("BufferedReader", content), "sha256").hexdigest()

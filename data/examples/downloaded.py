@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.documents import open_raw
-from data.formats.streams import BrokenStream, bounded_lines, chunks
+from data.formats.jsonl import numbered_lines
+from data.formats.streams import BrokenStream
 from data.manifest import MANIFEST, RawFile, load_raw_manifest
 
 BATCH_ROWS = 1000
@@ -36,9 +37,8 @@ def source_rows(folder: Path, keys: Collection[str]) -> Iterator[tuple[str, byte
 def _lines(file: IO[bytes], raw: RawFile) -> Iterator[tuple[int, bytes | None]]:
     number = 0
     try:
-        for number, (line, length) in enumerate(bounded_lines(chunks(file, raw.path.lower())), start=1):
-            if line.strip():
-                yield number, line if len(line) == length else None
+        for number, line in numbered_lines(file, raw.path.lower()):
+            yield number, line
     except BrokenStream:
         yield number + 1, None
 

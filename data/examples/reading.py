@@ -21,7 +21,8 @@ import orjson
 
 from config.errors import UserError
 from data.examples.downloaded import is_source, source_rows
-from data.formats.streams import BrokenStream, bounded_lines, chunks
+from data.formats.jsonl import numbered_lines
+from data.formats.streams import BrokenStream
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 FORMATS = {"text": ("text",), "prompt-completion": ("prompt", "completion"), "messages": ("messages",)}
@@ -132,13 +133,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
         raise UserError(f"{path}: examples are read from {', '.join(SUFFIXES)} files, one JSON object per line.")
     try:
         with open(path, "rb") as file:
-            for number, (line, length) in enumerate(bounded_lines(chunks(file, path.name)), start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if length and len(line) + 3 < length:
-                    yield number, None
-                elif line.strip():
-                    yield number, line
+            yield from numbered_lines(file, path.name)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"There is no file {path}. Name a JSON-lines file of examples with --dataset.") from error
     except PermissionError as error:

@@ -89,15 +89,17 @@ def count_rows(
         from data.formats.parquet import count_parquet_rows
 
         return count_parquet_rows(file)
+    if suffix.startswith((".json", ".xml", ".warc")) and _web_page(file) is not None:
+        return 1
     if suffix.startswith(".json"):
         from data.formats.jsonl import count_lines
 
-        return 1 if _web_page(file) else count_lines(file, path.lower(), cut)
-    if _web_page(file) is None and suffix.startswith(".xml"):
+        return count_lines(file, path.lower(), cut)
+    if suffix.startswith(".xml"):
         from data.formats.mediawiki import count_articles
 
         return count_articles(file, path.lower(), cut)
-    if _web_page(file) is None and suffix in ARCHIVES:
+    if suffix in ARCHIVES:
         from data.formats.warc import count_pages
 
         return count_pages(file, path.lower(), cut)

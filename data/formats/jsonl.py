@@ -54,6 +54,18 @@ def read_jsonl(
     yield from left_out.report()
 
 
+def numbered_lines(file: IO[bytes], path: str) -> Iterator[tuple[int, bytes | None]]:
+    """Number, from 1, and content of every line that is not blank; None for one too long to be held in memory.
+
+    Raises `BrokenStream` at the end of a file that cannot be decompressed to its end.
+    """
+    for number, (line, length) in enumerate(bounded_lines(chunks(file, path)), start=1):
+        whole = len(line) == length
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if line.strip():
+            yield number, line if whole else None
+
+
 def count_lines(file: IO[bytes], path: str, cut: bool) -> int:
     """Lines that are not blank, of a file that is `cut` only those that are whole for certain; nothing is parsed."""
     rows = 0
@@ -79,7 +91,7 @@ def _parse(number: int, line: bytes, text_column: str, with_columns: bool, keep:
         return None
     columns = plain_columns(record, text_column) if with_columns else {}
     text = record.get(text_column)
-    return row_or_fault(number, text, columns, tuple(record) if text is None else ())
+    return row_or_fault(number, text, columns, () if isinstance(text, str) else tuple(record))
 
 
 def _lenient(line: bytes) -> dict[str, Any] | list[Any] | str:

@@ -55,12 +55,13 @@ def _read_group(
 ) -> Iterator[Row | Fault]:
     metadata = content.metadata.row_group(group)
     left_out = LeftOut()
+    there = tuple(content.schema_arrow.names)
     rows = max(1, min(1000, BATCH_BYTES * metadata.num_rows // max(metadata.total_byte_size, 1)))
     number = first
     try:
         for batch in content.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
             batch = batch.slice(0, first + size - number)
-            for place, row in enumerate(_read_batch(batch, number, columns, keep), number):
+            for place, row in enumerate(_read_batch(batch, number, columns, keep, there), number):
                 if row is not None:
                     yield row
                 else:
@@ -73,8 +74,10 @@ def _read_group(
     yield from left_out.report()
 
 
-def _read_batch(batch: Any, number: int, columns: list[str], keep: Keep | None) -> Iterator[Row | Fault | None]:
-    """One item per row: None where `keep` leaves it out."""
+def _read_batch(
+    batch: Any, number: int, columns: list[str], keep: Keep | None, there: tuple[str, ...]
+) -> Iterator[Row | Fault | None]:
+    """One item per row: None where `keep` leaves it out. `there` are all columns of the file."""
     values = {name: _values(batch.column(batch.schema.get_field_index(name))) for name in columns}
     texts = values[columns[0]]
     for offset, text in enumerate(texts):
@@ -86,7 +89,7 @@ def _read_batch(batch: Any, number: int, columns: list[str], keep: Keep | None) 
             continue
         record = {name: values[name][offset] for name in columns[1:]}
         yield row_or_fault(
-            number + offset, text, plain_columns(record, columns[0]), tuple(columns) if text is None else ()
+            number + offset, text, plain_columns(record, columns[0]), () if isinstance(text, str) else there
         )
 
 

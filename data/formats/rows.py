@@ -40,7 +40,7 @@ class Fault:
     count: int = 1
     """Rows that this fault stands for."""
     columns: tuple[str, ...] = ()
-    """Columns that are there, where the text column is missing."""
+    """Columns that are there, where the text column is missing or holds no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +117,12 @@ def text_fault(text: str) -> str | None:
 _UNPRINTABLE = "".join(chr(code) for code in range(32) if chr(code) not in "\t\n\r\f") + "\x7f\ufffd"
 
 
-def row_or_fault(number: int, text: Any, columns: dict[str, Any], missing: tuple[str, ...]) -> Row | Fault:
-    """The row for one parsed record, whose text column holds `text`; `missing` are the columns it has besides."""
+def row_or_fault(number: int, text: Any, columns: dict[str, Any], there: tuple[str, ...]) -> Row | Fault:
+    """The row for one parsed record, whose text column holds `text`; `there` are all its columns, if that is none."""
     if text is None:
-        return Fault(number, "missing-text", columns=missing)
+        return Fault(number, "missing-text", columns=there)
     if not isinstance(text, str):
-        return Fault(number, "text-not-a-string", excerpt_of(repr(text)))
+        return Fault(number, "text-not-a-string", excerpt_of(repr(text)), columns=there)
     reason = text_fault(text)
     return Fault(number, reason, excerpt_of(text)) if reason else Row(number, text, columns)
 

@@ -28,7 +28,8 @@ def read_batches(
     documents or 16 MiB of text, whichever comes first.
     """
     for number, name in enumerate(data.use):
-        records = read_documents(location(data.raw_dir) / name, data.sources[name], name, part=part, parts=parts)
+        folder, most_requests = location(data.raw_dir) / name, data.connections_per_host
+        records = read_documents(folder, data.sources[name], name, part=part, parts=parts, connections=most_requests)
         yield from _batches(islice(records, most), number, data.preprocess.batch_documents, reject)
 
 

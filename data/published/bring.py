@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config.errors import UserError
 from config.files import atomic_write
+from config.sources import CONVERSATIONS
 from data.formats import DOCUMENT_BYTES, read_rows, suffix_of
-from data.formats.rows import Fault
+from data.formats.rows import Fault, Row
 from data.manifest import RawFile, RawManifest, file_sha256
 from data.published.limits import Chosen, choose, copy_rows, cut_short, parquet_rows, rows_of, rows_there, taken_bytes
 from data.published.listing import ListedFile, Listing
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
     from config.sources import PublishedSection
     from data.sources import Job
 
+LOOK_ROWS = 100
+A_TEXT = frozenset({"empty", "lone-surrogate", "binary"})
+"""Faults of rows whose text column does hold a string."""
+
 
 def bring(
     name: str, kind: str, config: PublishedSection, folder: Path, job: Job, list_files: Callable[[], Listing]
@@ -37,16 +44,17 @@ def bring(
     """
     asking = job.progress.add_task(f"{name}: asking what there is", total=None)
     listing = list_files()
+    job = replace(job, connections_per_host=min(job.connections_per_host, listing.connections or sys.maxsize))
     try:
         # Of a server that sends no parts of files, one that is fetched whole is looked at when it is there.
         with nullcontext() if job.streaming else suppress(FetchError):
-            check_column(name, config, listing.files)
+            check_column(name, config, listing.files, job.connections_per_host)
         limit = job.max_bytes
         work = _Work(name, config, folder, job, listing)
         chosen = work.earlier.known(listing.files, job.connections_per_host) if limit is None else listing.files
         job.progress.remove_task(asking)
-        picked = list(choose(chosen, limit))
-        files = work.stream(picked) if job.streaming else work.fetch(picked)
+        picked = list(choose(chosen, limit, job.connections_per_host))
+        files, done = work.stream(picked) if job.streaming else work.fetch(picked)
     except FetchError as error:
         if error.status in (401, 403) and listing.refused:
             raise UserError(f"{error} {listing.refused}") from error
@@ -63,23 +71,32 @@ def bring(
         settings=config.model_dump(mode="json"),
         layout="published",
         streamed=job.streaming,
-        limit=limit if cut_short(picked, listing.files) else None,
-        taken=taken_bytes(picked),
+        connections=listing.connections,
+        limit=limit if not work.full(files) and cut_short(picked, listing.files) else None,
+        taken=taken_bytes(picked[:done]),
         files=files,
     )
 
 
-def check_column(name: str, config: PublishedSection, files: Sequence[ListedFile]) -> None:
-    """Look at the first row before fetching it all, and name the columns if the text column is not among them."""
+def check_column(name: str, config: PublishedSection, files: Sequence[ListedFile], connections: int) -> None:
+    """Look at the first rows before fetching it all, and name the columns if none of these rows has the text column."""
     column = getattr(config, "text_column", None)
     if column is None or not files or (suffix_of(files[0].path) or "").startswith((".txt", ".md")):
         return
     file = files[0]
-    with open_published(file.url, file.size, file.etag) as content:
-        row = next(iter(read_rows(content, file.path, column, limit=1)), None)
-    if isinstance(row, Fault) and row.columns and column not in row.columns:
+    columns: dict[str, None] = {}
+    no_text = False
+    with open_published(file.url, file.size, file.etag, connections) as content:
+        for row in islice(read_rows(content, file.path, column, limit=LOOK_ROWS), LOOK_ROWS):
+            other = isinstance(row, Fault) and row.reason == "text-not-a-string"
+            if isinstance(row, Row) or row.reason in A_TEXT or other and column == CONVERSATIONS:
+                return
+            no_text = no_text or other
+            columns.update(dict.fromkeys(row.columns))
+    if columns and (no_text or column not in columns):
+        fault = "no text in the" if column in columns else "no"
         raise UserError(
-            f"Source {name!r} has no column {column!r}. Its columns are: {', '.join(row.columns)}. "
+            f"Source {name!r} has {fault} column {column!r}. Its columns are: {', '.join(columns)}. "
             f"Set data.sources.{name}.text_column to one of them."
         )
 
@@ -97,14 +114,18 @@ class _Work:
         self.document_bytes: int = getattr(config, "max_document_bytes", DOCUMENT_BYTES)
         self.earlier = Earlier(job.previous)
 
-    def stream(self, chosen: Sequence[Chosen]) -> list[RawFile]:
-        """The files as they are listed. Rows are counted only where a limit needs it."""
+    def full(self, files: Sequence[RawFile]) -> bool:
+        """Whether the files hold `max_documents` rows, so that more of them would add nothing."""
+        return self.most is not None and sum(file.documents or 0 for file in files) >= self.most
+
+    def stream(self, chosen: Sequence[Chosen]) -> tuple[list[RawFile], int]:
+        """The files as they are listed, and how many of `chosen` that took. Rows are counted only for a limit."""
         files: list[RawFile] = []
-        rows = 0
-        for choice in chosen:
+        rows = done = 0
+        for done, choice in enumerate(chosen, start=1):
             file, count = choice.file, None
             if choice.take is not None or self.most is not None:
-                count = rows_there(choice, self.column, self.document_bytes)
+                count = rows_there(choice, self.column, self.document_bytes, self.job.connections_per_host)
             if self.most is not None and count is not None:
                 count = min(count, self.most - rows)
                 rows += count
@@ -113,15 +134,16 @@ class _Work:
                 files.append(self.described(choice, RawFile(path=file.path, bytes=size, sha256=None, documents=count)))
             if rows == self.most:
                 break
-        return files
+        return files, done
 
-    def fetch(self, chosen: Sequence[Chosen]) -> list[RawFile]:
-        """Fetch the files, all at once, or one after the other until they hold `max_documents` rows."""
+    def fetch(self, chosen: Sequence[Chosen]) -> tuple[list[RawFile], int]:
+        """The files fetched, all at once or one by one until they hold `max_documents` rows, and how many that took."""
         files: list[RawFile] = []
-        rows = 0
+        rows = done = 0
         step = max(1, len(chosen)) if self.most is None else 1
         for start in range(0, len(chosen), step):
-            for file in self._fetch(chosen[start : start + step]):
+            done = min(start + step, len(chosen))
+            for file in self._fetch(chosen[start:done]):
                 if self.most is not None and file.documents is not None:
                     file = file.model_copy(update={"documents": min(file.documents, self.most - rows)})
                     rows += file.documents or 0
@@ -129,7 +151,7 @@ class _Work:
                     files.append(file)
             if self.most is not None and rows >= self.most:
                 break
-        return files
+        return files, done
 
     def _fetch(self, chosen: Sequence[Chosen]) -> list[RawFile]:
         whole = [choice for choice in chosen if choice.take is None or not choice.file.path.endswith(".parquet")]
@@ -142,13 +164,13 @@ class _Work:
             lambda fetched: self._fetched(fetched, by_path[fetched.file.path]),
             name=self.name,
             progress=self.job.progress,
-            connections_per_host=min(self.job.connections_per_host, self.listing.connections or sys.maxsize),
+            connections_per_host=self.job.connections_per_host,
         )
         return files + [self._beginning_of_parquet(choice) for choice in chosen if choice not in whole]
 
     def _remote(self, choice: Chosen) -> RemoteFile:
         file = choice.file
-        return RemoteFile(file.url, self.folder / file.path, file.size, file.checksum, choice.take)
+        return RemoteFile(file.url, self.folder / file.path, file.size, file.checksum, choice.take, file.etag)
 
     def _fetched(self, fetched: Fetched, choice: Chosen) -> RawFile:
         """Count the rows of a file that has come."""
@@ -162,7 +184,7 @@ class _Work:
         file, path = choice.file, self.folder / choice.file.path
         assert choice.take is not None
         task = self.job.progress.add_task(f"{self.name}: beginning of {path.name}", total=choice.take)
-        with open_published(file.url, file.size, file.etag) as content:
+        with open_published(file.url, file.size, file.etag, self.job.connections_per_host) as content:
             rows = parquet_rows(content, choice.take)
             with atomic_write(path) as target:
                 copy_rows(content, rows, target, lambda done: self.job.progress.update(task, completed=done))
@@ -175,5 +197,5 @@ class _Work:
     def described(self, choice: Chosen, file: RawFile, etag: str | None = None) -> RawFile:
         """`file` with what its publisher says of it."""
         listed = choice.file
-        known = {"url": listed.url, "etag": listed.etag or etag, "checksum": listed.checksum}
+        known = {"url": listed.url, "etag": etag or listed.etag, "checksum": listed.checksum}
         return file.model_copy(update={**known, "whole": choice.take is None})

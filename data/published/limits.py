@@ -16,6 +16,7 @@ from data.published.listing import ListedFile
 from data.published.opening import Beginning, open_published
 from data.transport.clients import client_for
 from data.transport.probe import probe
+from data.transport.slots import CONNECTIONS
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Chosen:
     take: int | None = None
 
 
-def choose(files: Sequence[ListedFile], limit: int | None) -> Iterator[Chosen]:
+def choose(files: Sequence[ListedFile], limit: int | None, connections: int = CONNECTIONS) -> Iterator[Chosen]:
     """The files to take so that they have at most `limit` bytes together. Asks for sizes that are not listed."""
     if limit is None:
         yield from map(Chosen, files)
@@ -35,7 +36,7 @@ def choose(files: Sequence[ListedFile], limit: int | None) -> Iterator[Chosen]:
     for file in files:
         if left <= 0:
             return
-        file = known(file)
+        file = known(file, connections)
         if file.size is None or file.size > left:
             yield Chosen(file, left)
             return
@@ -43,18 +44,18 @@ def choose(files: Sequence[ListedFile], limit: int | None) -> Iterator[Chosen]:
         left -= file.size
 
 
-def known(file: ListedFile) -> ListedFile:
+def known(file: ListedFile, connections: int) -> ListedFile:
     """The file with its size and ETag, asked for where they are missing and the server tells them."""
     if file.size is not None or not file.url.startswith(("http://", "https://")):
         return file
-    size, etag = probe(client_for(file.url), file.url)
+    size, etag = probe(client_for(file.url), file.url, connections)
     return replace(file, size=size, etag=etag)
 
 
 def known_all(files: Sequence[ListedFile], connections: int) -> list[ListedFile]:
     """`known` for many files, so many at a time."""
     with ThreadPoolExecutor(connections) as threads:
-        return list(threads.map(known, files))
+        return list(threads.map(lambda file: known(file, connections), files))
 
 
 def cut_short(chosen: Sequence[Chosen], files: Sequence[ListedFile]) -> bool:
@@ -67,10 +68,10 @@ def taken_bytes(chosen: Sequence[Chosen]) -> int:
     return sum(choice.file.size or 0 if choice.take is None else choice.take for choice in chosen)
 
 
-def rows_there(choice: Chosen, text_column: str, document_bytes: int) -> int:
+def rows_there(choice: Chosen, text_column: str, document_bytes: int, connections: int = CONNECTIONS) -> int:
     """Rows of what was chosen of a file, read from where it is published."""
     file, take = choice.file, choice.take
-    with open_published(file.url, file.size, file.etag) as content:
+    with open_published(file.url, file.size, file.etag, connections) as content:
         if take is None:
             return rows_of(content, choice, text_column, document_bytes)
         if file.path.endswith(".parquet"):

@@ -9,6 +9,7 @@ from typing import IO, Any
 from config.errors import UserError
 from data.transport.clients import client_for, hub_endpoint
 from data.transport.remote import LIST_ANEW, RemoteStream
+from data.transport.slots import CONNECTIONS
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 MARKS = ("ETag", "etag", "checksum", "md5Hash", "blob_id", "LastModified", "updated", "mtime")
@@ -16,13 +17,17 @@ MARKS = ("ETag", "etag", "checksum", "md5Hash", "blob_id", "LastModified", "upda
 READ_AHEAD = 8 << 20
 
 
-def open_published(url: str, size: int | None = None, etag: str | None = None) -> IO[bytes]:
+def open_published(
+    url: str, size: int | None = None, etag: str | None = None, connections: int = CONNECTIONS
+) -> IO[bytes]:
     """The file as a readable, seekable binary file, of which little is in memory. The caller closes it.
 
+    At http(s) addresses it is read by at most `connections` requests at a time to its host, with all others that this
+    user's processes open on this machine.
     Raises `UserError` where it cannot be reached, or is no longer of this `size` and `etag`.
     """
     if url.startswith(("http://", "https://")):
-        return io.BufferedReader(RemoteStream(client_for(url), url, size, etag), 1 << 16)
+        return io.BufferedReader(RemoteStream(client_for(url), url, size, etag, connections), 1 << 16)
     system, path = file_system(url)
     try:
         found = describe(system, path)

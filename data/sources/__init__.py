@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from data.transport.slots import CONNECTIONS
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -50,7 +52,7 @@ class Job:
     """Take files of at most so many bytes, as they are published."""
     streaming: bool = False
     """Note down where the files are, and fetch nothing."""
-    connections_per_host: int = 4
+    connections_per_host: int = CONNECTIONS
 
 
 class Source(Protocol):

@@ -27,13 +27,13 @@ def revision(name: str, config: CommonCrawlSourceConfig) -> str:
 
 def download(name: str, config: CommonCrawlSourceConfig, folder: Path, job: Job) -> RawManifest:
     """Bring the chosen files of the crawl, as they are published."""
-    return bring(name, "common-crawl", config, folder, job, lambda: list_files(config))
+    return bring(name, "common-crawl", config, folder, job, lambda: list_files(config, job.connections_per_host))
 
 
-def list_files(config: CommonCrawlSourceConfig) -> Listing:
+def list_files(config: CommonCrawlSourceConfig, connections: int) -> Listing:
     """The chosen files, in the order of the crawl's own list."""
     base = config.base_url.rstrip("/")
-    paths = _paths(f"{base}/crawl-data/{config.crawl}/{config.format}.paths.gz")
+    paths = _paths(f"{base}/crawl-data/{config.crawl}/{config.format}.paths.gz", connections)
     chosen = choose(paths, config.files, config.fraction)
     return Listing(
         origin=f"{base}/crawl-data/{config.crawl}, {len(chosen):,} of {len(paths):,} {config.format} files",
@@ -53,9 +53,9 @@ def choose(paths: Sequence[str], files: int | None, fraction: float | None) -> l
     return [paths[number * len(paths) // count] for number in range(count)]
 
 
-def _paths(url: str) -> list[str]:
+def _paths(url: str, connections: int) -> list[str]:
     """The crawl's list of its files."""
-    packed = read_page(url)
+    packed = read_page(url, connections)
     if packed is None:
         raise UserError(
             f"There is no {url}. The names of the crawls stand at https://data.commoncrawl.org/crawl-data/index.html; "

@@ -61,13 +61,16 @@ def download(name: str, config: FilesSourceConfig, folder: Path, job: Job) -> Ra
     empty_folder(folder)
     missing: Counter[tuple[str, ...]] = Counter()
     with DocumentWriter(folder, name) as writer:
-        for position, row in _rows(chosen, config, job, task):
+        rows = done = 0
+        for done, position, row in _rows(chosen, config, job, task):
+            rows += row.count if isinstance(row, Fault) else 1
             where = f"{position}:{row.number}"
             if isinstance(row, Fault):
                 missing[row.columns] += row.count if row.columns else 0
                 writer.quarantine.add(bad_record(name, where, row))
             else:
                 writer.add(where, row.text, {**row.columns, "file": position, "row": row.number})
+    full = config.max_documents is not None and rows >= config.max_documents
     if not writer.documents and +missing:
         columns = max(missing, key=missing.__getitem__)
         raise UserError(
@@ -86,8 +89,8 @@ def download(name: str, config: FilesSourceConfig, folder: Path, job: Job) -> Ra
         retrieved=datetime.now(UTC).replace(microsecond=0),
         settings=config.model_dump(mode="json"),
         layout="documents",
-        limit=job.max_bytes if cut_short(chosen, files) else None,
-        taken=taken_bytes(chosen),
+        limit=job.max_bytes if not full and cut_short(chosen, files) else None,
+        taken=taken_bytes(chosen[:done] if full else chosen),
         files=writer.files,
         quarantined=dict(bad.counts),
     )
@@ -102,10 +105,12 @@ def _check_names(name: str, files: list[ListedFile]) -> None:
             raise UserError(f"Source {name!r}: rename {file.path} to stream it; its name is not UTF-8.") from error
 
 
-def _rows(chosen: list[Chosen], config: FilesSourceConfig, job: Job, task: TaskID) -> Iterator[tuple[str, Row | Fault]]:
-    """Position of the file and row, for each row up to `config.max_documents`."""
+def _rows(
+    chosen: list[Chosen], config: FilesSourceConfig, job: Job, task: TaskID
+) -> Iterator[tuple[int, str, Row | Fault]]:
+    """Number of the file, from 1, its position and row, for each row up to `config.max_documents`."""
     left = config.max_documents
-    for choice in chosen:
+    for number, choice in enumerate(chosen, start=1):
         limit = None
         if choice.take is not None:
             limit = rows_there(choice, config.text_column, config.max_document_bytes)
@@ -114,7 +119,7 @@ def _rows(chosen: list[Chosen], config: FilesSourceConfig, job: Job, task: TaskI
         for row in _rows_of(choice.file, limit, config, job, task):
             if left is not None:
                 left -= row.count if isinstance(row, Fault) else 1
-            yield choice.file.path, row
+            yield number, choice.file.path, row
         if left is not None and left <= 0:
             return
 

@@ -36,25 +36,25 @@ def revision(name: str, config: WikipediaSourceConfig) -> None:
 
 def download(name: str, config: WikipediaSourceConfig, folder: Path, job: Job) -> RawManifest:
     """Bring one language's articles, as they are published."""
-    return bring(name, "wikipedia", config, folder, job, lambda: list_files(config))
+    return bring(name, "wikipedia", config, folder, job, lambda: list_files(config, job.connections_per_host))
 
 
-def list_files(config: WikipediaSourceConfig) -> Listing:
+def list_files(config: WikipediaSourceConfig, connections: int) -> Listing:
     """The files of the language at the date, or the newest one that is complete."""
     if config.format == "dump":
-        return _dump(config)
+        return _dump(config, min(connections, CONNECTIONS))
     subset = f"{config.date or NEWEST_PARQUET}.{config.language}"
     return hub.list_files(HubSourceConfig(kind="hub", repository=REPOSITORY, subset=subset))
 
 
-def _dump(config: WikipediaSourceConfig) -> Listing:
+def _dump(config: WikipediaSourceConfig, connections: int) -> Listing:
     base = config.base_url.rstrip("/")
     wiki = f"{config.language.replace('-', '_')}wiki"
-    for date in [config.date] if config.date else _dates(f"{base}/{wiki}/", config.language):
+    for date in [config.date] if config.date else _dates(f"{base}/{wiki}/", config.language, connections):
         folder = f"{base}/{wiki}/{date}"
-        files = _by_status(base, f"{folder}/dumpstatus.json")
+        files = _by_status(base, f"{folder}/dumpstatus.json", connections)
         if files is None:
-            files = _by_checksums(folder, f"{wiki}-{date}")
+            files = _by_checksums(folder, f"{wiki}-{date}", connections)
         if files:
             licence = config.about.licence or "not stated"
             return Listing(origin=folder, licence=licence, revision=date, files=files, connections=CONNECTIONS)
@@ -64,9 +64,9 @@ def _dump(config: WikipediaSourceConfig) -> Listing:
     )
 
 
-def _dates(url: str, language: str) -> list[str]:
+def _dates(url: str, language: str, connections: int) -> list[str]:
     """The dates of which there are folders, the newest first."""
-    page = read_page(url)
+    page = read_page(url, connections)
     if page is None:
         raise UserError(
             f"There is no {url}. Check the source's language, {language!r}: it is the first word of a Wikipedia's "
@@ -75,9 +75,9 @@ def _dates(url: str, language: str) -> list[str]:
     return sorted({date.decode() for date in re.findall(rb'href="(?:[^"]*/)?(\d{8})/?"', page)}, reverse=True)
 
 
-def _by_status(base: str, url: str) -> list[ListedFile] | None:
+def _by_status(base: str, url: str, connections: int) -> list[ListedFile] | None:
     """The files of the best job that is done; None where the server does not tell."""
-    page = read_page(url)
+    page = read_page(url, connections)
     if page is None:
         return None
     try:
@@ -93,9 +93,9 @@ def _by_status(base: str, url: str) -> list[ListedFile] | None:
         raise UserError(f"{url} is not what it should be ({error!r}). Try again later.") from error
 
 
-def _by_checksums(folder: str, prefix: str) -> list[ListedFile]:
+def _by_checksums(folder: str, prefix: str, connections: int) -> list[ListedFile]:
     """The file of all articles, as the list of SHA-1 sums names it."""
-    sums = (read_page(f"{folder}/{prefix}-sha1sums.txt") or b"").decode("utf-8", "replace")
+    sums = (read_page(f"{folder}/{prefix}-sha1sums.txt", connections) or b"").decode("utf-8", "replace")
     for name in NAMES:
         found = re.search(rf"^([0-9a-f]{{40}}) [ *]({prefix}-{name})$", sums, re.M)
         if found is not None:

@@ -72,7 +72,9 @@ def training_texts(corpus: Corpus, data: DataConfig, advance: Callable[[Corpus],
         parts = _parts(corpus.manifests[name], share)
         for part in range(parts):
             folder = location(data.raw_dir) / name
-            for document in read_documents(folder, data.sources[name], name, part=part, parts=parts):
+            for document in read_documents(
+                folder, data.sources[name], name, part=part, parts=parts, connections=data.connections_per_host
+            ):
                 if not isinstance(document, Document):
                     corpus.unreadable += document.count
                     continue

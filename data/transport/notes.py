@@ -14,6 +14,7 @@ class RemoteFile:
     """A file to fetch: its address, its place on disk, and its size and checksum as far as the publisher tells them.
 
     `checksum` is the algorithm and the digest in hexadecimal: any name of `hashlib`, or `git-sha1` for a git blob.
+    `etag` is what the server calls the content that is wanted, where that is known.
     With `take`, only so many bytes of its beginning are wanted; they cannot be checked against the checksum.
     """
 
@@ -22,6 +23,7 @@ class RemoteFile:
     size: int | None = None
     checksum: tuple[str, str] | None = None
     take: int | None = None
+    etag: str | None = None
 
     @property
     def wanted(self) -> int | None:
@@ -60,6 +62,8 @@ class Note:
     sha256: str | None = None
     cut: bool = False
     """Whether the complete file is the beginning of a longer one, as far as that is known."""
+    sent_as_is: bool = False
+    """Whether the server names a packing, and yet what it sends, parts included, is the file itself."""
 
 
 def read_note(file: RemoteFile) -> Note | None:
@@ -72,17 +76,25 @@ def read_note(file: RemoteFile) -> Note | None:
     return note if same else None
 
 
-def write_note(file: RemoteFile, etag: str | None = None, size: int | None = None, sha256: str | None = None) -> None:
+def write_note(
+    file: RemoteFile,
+    etag: str | None = None,
+    size: int | None = None,
+    sha256: str | None = None,
+    sent_as_is: bool = False,
+) -> None:
     """Say what the bytes of `file` on disk are, atomically."""
     cut = size is not None and size == file.take and size != file.size
-    note = Note(file.url, list(file.checksum) if file.checksum else None, etag, size, sha256, cut)
+    note = Note(file.url, list(file.checksum) if file.checksum else None, etag, size, sha256, cut, sent_as_is)
     write_text(file.note, json.dumps(asdict(note)))
 
 
 def finished(file: RemoteFile) -> Fetched | None:
-    """The file if it is complete on disk since an earlier run, else None."""
+    """The file if it is complete on disk since an earlier run and still what is wanted, else None."""
     note = read_note(file)
     if note is None or note.sha256 is None or note.size is None:
+        return None
+    if file.checksum is None and file.etag is not None and note.etag != file.etag:
         return None
     if file.wanted is None and note.cut:
         return None

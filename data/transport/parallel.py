@@ -6,7 +6,6 @@ import queue
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import httpx
 
-from data.fetch import FileFetch, Stopped
+from data.fetch import FileFetch
 from data.listing import format_bytes
 from data.transport.clients import client_for
 from data.transport.notes import Fetched, RemoteFile, present_bytes
+from data.transport.slots import Stopped
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -45,7 +45,7 @@ def fetch_files(
     Args:
         then: called with each file when it is there, in the thread that fetched it.
         name: what the bars are about.
-        connections_per_host: most requests at a time to one host.
+        connections_per_host: most requests at a time to one host, of all that this user fetches and streams here.
     """
     return _Transfer(files, then, name, progress, connections_per_host, first_wait).run()
 
@@ -68,9 +68,7 @@ class _Transfer(Generic[Result]):
         self._waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[int, Result | BaseException]] = queue.SimpleQueue()
         hosts = {httpx.URL(file.url).host for file in files}
-        self._slots: dict[str, threading.BoundedSemaphore] = defaultdict(
-            lambda: threading.BoundedSemaphore(connections_per_host)
-        )
+        self._connections = connections_per_host
         self._workers = min(len(files), connections_per_host * len(hosts), max(MOST_CONNECTIONS, connections_per_host))
         sizes = [file.wanted for file in files]
         total = None if None in sizes else sum(size or 0 for size in sizes)
@@ -110,9 +108,7 @@ class _Transfer(Generic[Result]):
                 return
             file = self._files[index]
             try:
-                with self._slots[httpx.URL(file.url).host]:
-                    fetched = self._fetch(file)
-                self._results.put((index, self._then(fetched)))
+                self._results.put((index, self._then(self._fetch(file))))
             except Stopped:
                 return
             except BaseException as error:
@@ -131,7 +127,9 @@ class _Transfer(Generic[Result]):
             self._progress.update(task, description=f"{name} ({why})" if why else name)
 
         try:
-            return FileFetch(client_for(file.url), file, advance, self._stop, self._first_wait, waiting).run()
+            return FileFetch(
+                client_for(file.url), file, advance, self._stop, self._first_wait, waiting, self._connections
+            ).run()
         finally:
             self._progress.remove_task(task)
 

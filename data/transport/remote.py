@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
 
 from config.errors import UserError
+from data.transport.packing import LOOK, is_own, packing_of
 from data.transport.retry import (
     FRUITLESS_TRIES,
     FetchError,
@@ -18,6 +20,7 @@ from data.transport.retry import (
     strong_etag,
     total_size,
 )
+from data.transport.slots import CONNECTIONS, connection
 
 FIRST_READ = 256 << 10
 LONGEST_READ = 8 << 20
@@ -30,18 +33,28 @@ class RemoteStream(io.RawIOBase):
     """A readable and seekable binary file over HTTP ranges, one of them in memory and the next one on its way.
 
     A range is at least 256 KiB, and twice as long each time that reading goes straight on, up to 8 MiB; then the one
-    after it is asked for while this one is read. There is never more than one request at a time.
+    after it is asked for while this one is read. There is never more than one request at a time, and never more than
+    `connections` of all streams and fetches of this machine to the same host.
     Errors that pass are tried again as `data.fetch` does. Others raise `FetchError`, and a file that is not, or no
     longer, of this `size` and `etag` raises `UserError`; either may be None, and is then what the first answer says.
     """
 
     def __init__(
-        self, client: httpx.Client, url: str, size: int | None = None, etag: str | None = None, first_wait: float = 1.0
+        self,
+        client: httpx.Client,
+        url: str,
+        size: int | None = None,
+        etag: str | None = None,
+        connections: int = CONNECTIONS,
+        first_wait: float = 1.0,
     ) -> None:
         self._client = client
         self._url = url
         self._size = size
         self._etag = etag
+        self._connections = connections
+        self._closing = threading.Event()
+        self._own = False
         self._first_wait = first_wait
         self._position = 0
         self._start = 0
@@ -90,6 +103,7 @@ class RemoteStream(io.RawIOBase):
 
     def close(self) -> None:
         """Forget what is in memory, and what is on its way when it comes."""
+        self._closing.set()
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
         self._thread, self._next, self._buffer = None, None, bytearray()
@@ -127,7 +141,11 @@ class RemoteStream(io.RawIOBase):
 
     def _request(self, start: int, end: int) -> bytearray:
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{end - 1}"}
-        with network(), self._client.stream("GET", self._url, headers=headers) as response:
+        with (
+            network(),
+            connection(self._url, self._connections, self._closing),
+            self._client.stream("GET", self._url, headers=headers) as response,
+        ):
             if response.status_code == 416:
                 self._check(total_size(response), strong_etag(response))
                 return bytearray()
@@ -140,7 +158,16 @@ class RemoteStream(io.RawIOBase):
                 content += chunk
         if len(content) != min(end, self.size) - start:
             raise Passing(f"{len(content)} bytes came instead of {end - start}")
+        packing = packing_of(response)
+        if packing is not None and not self._own:
+            self._check_own(packing, bytes(content[:LOOK] if start == 0 else self._request(0, LOOK)))
         return content
+
+    def _check_own(self, packing: str, head: bytes) -> None:
+        """Parts of what was packed on the way are no parts of the file."""
+        if not is_own(packing, self._url, head):
+            raise FetchError(f"{self._url} is sent packed ({packing}), so it cannot be streamed, only fetched.")
+        self._own = True
 
     def _check(self, size: int | None, etag: str | None) -> None:
         """Note what the first answer says of the file, and hold all later ones to it."""
