@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import random
+import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.formats import count_rows, mediawiki, read_rows, warc, wikitext
+from data.formats import count_rows, mediawiki, read_rows, unpacked, warc, wikitext
 from data.formats.bzip2 import next_stream
 from data.formats.rows import Fault, Row
 from data.formats.wikitext import wiki_text
@@ -54,6 +55,23 @@ def pages_in(found: list[Row | Fault]) -> list[int]:
     for number, row in zip(numbers, good(found)):
         assert words(number) in row.text and words(number + 1) not in row.text
     return numbers
+
+
+def packed_archive(archive: Archive, form: str) -> tuple[str, bytes]:
+    """Name and content of an archive that is not packed record by record with gzip."""
+    bounds = [*archive.offsets, len(archive.content)]
+    pieces = [archive.content[start:end] for start, end in zip(bounds, bounds[1:])]
+    if form == "bz2":
+        return "a.warc.bz2", bz2.compress(archive.content)
+    if form == "one frame":
+        return "a.warc.zst", zstandard.compress(archive.content)
+    if form == "a frame each":
+        return "a.warc.zst", b"".join(zstandard.compress(piece) for piece in pieces)
+    trained = zstandard.train_dictionary(3000, pieces * 20)
+    dictionary = zstandard.compress(trained.as_bytes()) if "packed" in form else trained.as_bytes()
+    compressor = zstandard.ZstdCompressor(dict_data=trained)
+    head = struct.pack("<II", 0x184D2A5D, len(dictionary)) + dictionary
+    return "a.warc.zst", head + b"".join(compressor.compress(piece) for piece in pieces)
 
 
 class TestWarc:
@@ -162,6 +180,34 @@ class TestWarc:
             nearly = [number for number, end in enumerate(ends) if end - 4 <= cut < end]  # but for its last line ends
             assert pages_in(found) in (whole, sorted(whole + nearly))
             assert reasons(found) == ([] if cut in archive.offsets else ["truncated"])
+
+    @pytest.mark.parametrize("form", ["one frame", "a frame each", "a dictionary", "a packed dictionary", "bz2"])
+    def test_packed_as_other_archives_do(self, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(unpacked, "KEPT", 3000)  # so that going back means unpacking again, now and then
+        name, content = packed_archive(web(30, packed=False), form)
+        whole = read(content, name)
+        assert pages_in(whole) == list(range(30)) and not reasons(whole)
+        assert counted(content, name, tmp_path) == 30
+        cut = read(content[: len(content) * 3 // 4], name)
+        assert reasons(cut) == ["truncated"] and pages_in(cut) == list(range(len(cut) - 1))
+        assert len(cut) > 10 or form in ("one frame", "bz2")
+        again = [row for part in range(3) for row in read(content, name, wanted=lambda unit: unit % 3 == part)]
+        assert sorted(map(str, again)) == sorted(map(str, whole))
+
+    def test_a_broken_record_and_a_broken_frame_in_zst(self) -> None:
+        archive = web(30, packed=False)
+        content = bytearray(archive.content)
+        start = archive.offsets[2 + 3 * 9]
+        content[start : start + 8] = bytes(8)
+        found = read(zstandard.compress(bytes(content)), "a.warc.zst")
+        assert reasons(found) == ["broken-record"] and pages_in(found) == [
+            number for number in range(30) if number != 9
+        ]
+        frames = bytearray(packed_archive(archive, "a frame each")[1])
+        place = frames.index(b"\x28\xb5\x2f\xfd", len(frames) // 2)
+        frames[place : place + 4] = b"none"
+        found = read(bytes(frames), "a.warc.zst")
+        assert reasons(found) == ["corrupt"] and pages_in(found) == list(range(len(found) - 1)) and len(found) > 10
 
     def test_all_records_in_one_gzip_member(self) -> None:
         content = gzip.compress(web(5, packed=False).content)

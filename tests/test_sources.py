@@ -205,9 +205,24 @@ class TestFormats:
         assert faults_of(rows_of(b" \n\n", "a.md")) == [(1, "empty")]
         assert rows_of(b"", "a.md") == []
 
-    def test_byte_order_marks_and_utf16(self) -> None:
-        for encoding in ("utf-8-sig", "utf-16"):
-            assert texts_of(rows_of("Käse 🧀".encode(encoding), "a.txt")) == ["Käse 🧀"]
+    @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+    @pytest.mark.parametrize("packed", PACK)
+    def test_a_byte_order_mark_in_every_format(self, encoding: str, packed: str) -> None:
+        wanted = ["Straße naïve\n日本語", "мука 😀"]
+        records = [{"text": text} for text in wanted]
+        article = (
+            "<page><title>x</title><ns>0</ns><id>1</id><revision><text>мука 😀</text></revision></page></mediawiki>"
+        )
+        files = {
+            "a.jsonl": ("\n".join(json.dumps(record, ensure_ascii=False) for record in records), wanted),
+            "a.csv": (csv_bytes(records, "\t").decode(), wanted),
+            "a.txt": (wanted[1], wanted[1:]),
+            "a.xml": (f"<mediawiki>{article}", wanted[1:] if packed != ".bz2" or encoding == "utf-8-sig" else []),
+        }
+        for name, (content, texts) in files.items():
+            rows = rows_of(PACK[packed](content.encode(encoding)), name + packed)
+            assert texts_of(rows) == texts
+            assert faults_of(rows) == ([] if texts else [(0, "not-a-dump")])
 
     def test_a_long_text_is_cut_between_paragraphs_and_nothing_is_lost(self) -> None:
         text = "".join(f"Paragraph {number}. {'word ' * (number % 50)}\n\n" for number in range(2000))

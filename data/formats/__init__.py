@@ -11,7 +11,7 @@ from data.pipeline.markup import is_page
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 PROSE = (".txt", ".md")
-ARCHIVES = (".warc", ".warc.gz", ".warc.wet", ".warc.wet.gz")
+ARCHIVES = tuple(base + packed for base in (".warc", ".warc.wet") for packed in ("", *COMPRESSIONS))
 SUFFIXES = tuple(
     [".parquet", ".json.gz", ".json.zst", *ARCHIVES]
     + [base + packed for base in (*PROSE, ".jsonl", ".csv", ".xml") for packed in ("", *COMPRESSIONS)]

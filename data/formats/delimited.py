@@ -18,7 +18,7 @@ from data.formats.rows import (
     plain_columns,
     row_or_fault,
 )
-from data.formats.streams import BrokenStream, bounded_lines, chunks
+from data.formats.streams import BrokenStream, bounded_lines, text_chunks
 
 # Bytes that are not UTF-8 travel through the CSV parser as these.
 _ESCAPED = frozenset(chr(code) for code in range(0xDC80, 0xDD00))
@@ -35,7 +35,7 @@ def read_csv(
 ) -> Iterator[Row | Fault]:
     """One row per record after the header, numbered by the line it ends on; quoted fields may span lines."""
     csv.field_size_limit(RECORD_BYTES)
-    lines = _Lines(bounded_lines(chunks(file, path)))
+    lines = _Lines(bounded_lines(text_chunks(file, path)))
     header_line = next(lines, "").removeprefix("\ufeff")
     if not header_line and lines.faults:
         yield from lines.faults if wanted(0) else ()

@@ -10,7 +10,7 @@ from typing import IO, Any
 import orjson
 
 from data.formats.rows import BLOCK_ROWS, Fault, Keep, LeftOut, Row, Wanted, excerpt_of, plain_columns, row_or_fault
-from data.formats.streams import BrokenStream, bounded_lines, chunks
+from data.formats.streams import BrokenStream, bounded_lines, text_chunks
 
 
 def read_jsonl(
@@ -26,7 +26,7 @@ def read_jsonl(
     left_out = LeftOut()
     row = 0
     number = 0
-    lines = bounded_lines(chunks(file, path))
+    lines = bounded_lines(text_chunks(file, path))
     while limit is None or row < limit:
         try:
             line, length = next(lines)
@@ -59,7 +59,7 @@ def numbered_lines(file: IO[bytes], path: str) -> Iterator[tuple[int, bytes | No
 
     Raises `BrokenStream` at the end of a file that cannot be decompressed to its end.
     """
-    for number, (line, length) in enumerate(bounded_lines(chunks(file, path)), start=1):
+    for number, (line, length) in enumerate(bounded_lines(text_chunks(file, path)), start=1):
         whole = len(line) == length
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if line.strip():
@@ -70,7 +70,7 @@ def count_lines(file: IO[bytes], path: str, cut: bool) -> int:
     """Lines that are not blank, of a file that is `cut` only those that are whole for certain; nothing is parsed."""
     rows = 0
     try:
-        for line, _ in bounded_lines(chunks(file, path)):
+        for line, _ in bounded_lines(text_chunks(file, path)):
             rows += bool(line.strip())
     except BrokenStream:
         return rows if cut else rows + 1  # the fault that reading ends with is a record, too

@@ -22,7 +22,7 @@ from mwparserfromhell.parser import ParserError
 
 from data.formats.bzip2 import Piece, stream_pieces
 from data.formats.rows import BLOCK_ROWS, RECORD_BYTES, Fault, Row, Wanted, excerpt_of, is_end, row_or_fault
-from data.formats.streams import BrokenStream, chunks
+from data.formats.streams import BrokenStream, text_chunks
 from data.formats.wikitext import wiki_text
 
 UNIT_BYTES = 4 << 20
@@ -72,7 +72,7 @@ def _read_head(file: IO[bytes], path: str) -> _Wiki:
     head = bytearray()
     file.seek(0)
     try:
-        for chunk in chunks(file, path):
+        for chunk in text_chunks(file, path):
             head += chunk
             if b"</siteinfo>" in head or len(head) > HEAD_BYTES:
                 break
@@ -100,7 +100,7 @@ def _articles(file: IO[bytes], path: str, wanted: Wanted, cut: bool) -> Iterator
         return
     rows = 0
     file.seek(0)
-    for page in _pages(_whole(chunks(file, path))):
+    for page in _pages(_whole(text_chunks(file, path))):
         if counts(page):
             if wanted(rows // BLOCK_ROWS):
                 yield page

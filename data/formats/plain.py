@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
-from itertools import chain
 from typing import IO
 
 from data.formats.rows import EXCERPT, RECORD_BYTES, Fault, Row, Wanted, excerpt_of, text_fault
-from data.formats.streams import BrokenStream, chunks
-
-_UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+from data.formats.streams import BrokenStream, text_chunks
 
 
 def read_text(
@@ -19,11 +16,11 @@ def read_text(
     """The file as pieces of at most about `document_bytes` bytes, numbered from 1.
 
     A piece ends at the last blank line, or else at the last line end, in its second half, or else at the next line end.
-    UTF-8, with or without a byte order mark, and UTF-16 with one.
+    UTF-8, with or without a byte order mark, and UTF-16 or UTF-32 with one.
     """
     number = 1
     try:
-        for piece in _pieces(_utf8(chunks(file, path)), document_bytes):
+        for piece in _pieces(_text(text_chunks(file, path)), document_bytes):
             if limit is not None and number > limit:
                 return
             if wanted(number - 1):
@@ -50,15 +47,9 @@ def _row(number: int, piece: bytes) -> Row | Fault:
     return Fault(number, reason, excerpt_of(text)) if reason else Row(number, text)
 
 
-def _utf8(content: Iterator[bytes]) -> Iterator[bytes]:
-    """The content as UTF-8 without its byte order mark; bytes that are no text at all end it."""
+def _text(content: Iterator[bytes]) -> Iterator[bytes]:
+    """The content without its byte order mark; bytes that are no text at all end it."""
     first = next(content, b"")
-    encoding = _UTF16.get(first[:2])
-    if encoding is not None:
-        decoder = codecs.getincrementaldecoder(encoding)("replace")
-        for chunk in chain([first[2:]], content):
-            yield decoder.decode(chunk).encode("utf-8", "replace")
-        return
     if b"\0" in first[:65536]:
         raise _Unusable("binary")
     yield first.removeprefix(codecs.BOM_UTF8)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
+import struct
 import zlib
 from collections.abc import Iterator
-from typing import IO
+from itertools import chain
+from typing import IO, Any
 
 from data.formats.rows import EXCERPT, RECORD_BYTES
 
 CHUNK = 1 << 18
+WIDE = (  # the longer marks first, since one begins like another
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+DICTIONARY = struct.pack("<I", 0x184D2A5D)
+ZSTD = b"\x28\xb5\x2f\xfd"
+LONGEST_DICTIONARY = 64 << 20
 
 
 class BrokenStream(Exception):
@@ -30,6 +42,23 @@ def chunks(file: IO[bytes], path: str) -> Iterator[bytes]:
     if path.endswith(".zst"):
         return _zstd_chunks(file)
     return iter(lambda: file.read(CHUNK), b"")
+
+
+def text_chunks(file: IO[bytes], path: str) -> Iterator[bytes]:
+    """`chunks` of a file of text: UTF-16 and UTF-32 with a byte order mark come as UTF-8, without it."""
+    content = chunks(file, path)
+    first = b""
+    while len(first) < 4 and (chunk := next(content, None)) is not None:
+        first += chunk
+    found = next(((mark, encoding) for mark, encoding in WIDE if first.startswith(mark)), None)
+    if found is None:
+        yield first
+        yield from content
+        return
+    mark, encoding = found
+    decoder = codecs.getincrementaldecoder(encoding)("replace")
+    for chunk in chain([first[len(mark) :]], content):
+        yield decoder.decode(chunk).encode("utf-8", "replace")
 
 
 def _gzip_chunks(file: IO[bytes]) -> Iterator[bytes]:
@@ -69,13 +98,18 @@ def _zstd_chunks(file: IO[bytes]) -> Iterator[bytes]:
 
     The library's own reader does not tell a truncated file from a whole one. Its decompression object does, but gives
     everything it can at once, so the input goes in by small steps while the output is large.
+
+    A file may begin with the dictionary of all its frames, as those of web archives do:
+    https://iipc.github.io/warc-specifications/specifications/warc-zstd/.
     """
     import zstandard
 
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    head, dictionary = _zstd_dictionary(file)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31, dict_data=dictionary)
     frame = None
     step = 256
-    while data := file.read(step):
+    while data := head or file.read(step):
+        head = b""
         while data:
             frame = frame or decompressor.decompressobj()
             try:
@@ -90,6 +124,25 @@ def _zstd_chunks(file: IO[bytes]) -> Iterator[bytes]:
                 yield output
     if frame is not None:
         raise BrokenStream("truncated")
+
+
+def _zstd_dictionary(file: IO[bytes]) -> tuple[bytes, Any]:
+    """What was read of the frames, and the dictionary that stands before them, if any."""
+    import zstandard
+
+    head = file.read(8)
+    if not head.startswith(DICTIONARY):
+        return head, None
+    length = int.from_bytes(head[4:], "little")
+    content = file.read(min(length, LONGEST_DICTIONARY))
+    if len(head) < 8 or len(content) < length:
+        raise BrokenStream("truncated" if length <= LONGEST_DICTIONARY else "corrupt")
+    try:
+        if content.startswith(ZSTD):
+            content = zstandard.ZstdDecompressor().decompress(content, max_output_size=LONGEST_DICTIONARY)
+        return b"", zstandard.ZstdCompressionDict(content)
+    except zstandard.ZstdError as error:
+        raise BrokenStream("corrupt") from error
 
 
 def bounded_lines(pieces: Iterator[bytes]) -> Iterator[tuple[bytes, int]]:

@@ -1,11 +1,12 @@
-"""Web archives: WARC with pages as they were served, and WET with their text; .warc and .warc.wet, each also as .gz.
+"""Web archives: WARC with pages as they were served, and WET with their text; .warc and .warc.wet, packed or not.
 
-Records are read by FastWARC. Where one is broken, reading goes on at the next: the end of the last good record is
+Records are read by FastWARC, out of .zst (with a dictionary or without) and .bz2 as if they were not packed. Where one is broken, reading goes on at the next: the end of the last good record is
 looked up, and from there the next place where a record begins (`data.formats.warc_repair`).
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +15,7 @@ from typing import IO, Any
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 
 from data.formats.rows import BLOCK_ROWS, RECORD_BYTES, Fault, Row, Wanted, excerpt_of, is_end, row_or_fault
+from data.formats.unpacked import Unpacked
 from data.formats.warc_repair import find_damage, next_record
 from data.pipeline.markup import page_text
 
@@ -37,7 +39,10 @@ def count_pages(file: IO[bytes], path: str, cut: bool = False) -> int:
 
 
 def _pages(file: IO[bytes], path: str) -> Iterator[tuple[int, _Record | Fault]]:
-    for number, record in enumerate(_records(file, path.endswith(".gz")), start=1):
+    content = file
+    if path.endswith((".zst", ".bz2")):
+        content = io.BufferedReader(Unpacked(file, path), 1 << 16)
+    for number, record in enumerate(_records(content, path.endswith(".gz")), start=1):
         if isinstance(record, Fault) or _is_page(record.warc):
             yield number, record
 
@@ -73,10 +78,13 @@ def _records(file: IO[bytes], packed: bool) -> Iterator[_Record | Fault]:
         damage = find_damage(file, position, packed, read=last is not None)
         if last is not None and (damage is None or damage.start > position):
             yield last
+        broken = file.raw.broken if isinstance(file, io.BufferedReader) and isinstance(file.raw, Unpacked) else None
         if damage is None:
+            if broken is not None:
+                yield Fault(0, broken, f"byte {position}: {trouble}")
             return
         start = next_record(file, damage.start + 1, packed)
-        reason = damage.reason if start is None else "broken-record"
+        reason = (broken or damage.reason) if start is None else "broken-record"
         yield Fault(0, reason, f"byte {damage.start}: {trouble}")
 
 
