@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -60,7 +61,7 @@ def pages_in(found: list[Row | Fault]) -> list[int]:
 def packed_archive(archive: Archive, form: str) -> tuple[str, bytes]:
     """Name and content of an archive that is not packed record by record with gzip."""
     bounds = [*archive.offsets, len(archive.content)]
-    pieces = [archive.content[start:end] for start, end in zip(bounds, bounds[1:])]
+    pieces: list[Any] = [archive.content[start:end] for start, end in zip(bounds, bounds[1:])]
     if form == "bz2":
         return "a.warc.bz2", bz2.compress(archive.content)
     if form == "one frame":

@@ -1,7 +1,8 @@
 """Web archives: WARC with pages as they were served, and WET with their text; .warc and .warc.wet, packed or not.
 
-Records are read by FastWARC, out of .zst (with a dictionary or without) and .bz2 as if they were not packed. Where one is broken, reading goes on at the next: the end of the last good record is
-looked up, and from there the next place where a record begins (`data.formats.warc_repair`).
+Records are read by FastWARC, out of .zst (with a dictionary or without) and .bz2 as if they were not packed. Where one
+is broken, reading goes on at the next: the end of the last good record is looked up, and from there the next place
+where a record begins (`data.formats.warc_repair`).
 """
 
 from __future__ import annotations
