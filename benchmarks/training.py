@@ -43,7 +43,8 @@ from config.schema import Config
 from data.tokenization import load_tokenizer
 from data.tokens import TokenFiles, load_tokens_manifest
 from evaluation.perplexity import default_batch_size, evaluate_tokens
-from model.checkpoint import latest_checkpoint, load_model
+from model.checkpoint import load_model
+from model.checkpoint_folder import latest_checkpoint
 from model.transformer import Transformer
 from training.distributed import choose_device
 from training.throughput import measure_peak_flops

@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,22 +166,25 @@ def recover_directory(target: Path) -> None:
 
 
 @contextmanager
-def exclusive(path: Path, busy: str) -> Iterator[None]:
+def exclusive(path: Path, busy: str, patience: float = 0.0) -> Iterator[IO[bytes] | None]:
     """Hold `path` for this process alone, by a lock file beside it; the lock ends with the process, however that ends.
 
-    Raises `UserError(busy)` where another process holds it. In a storage there is no lock.
+    Yields that file: a process that inherits its descriptor holds the lock as well, until both have ended. Raises
+    `UserError(busy)` where another process holds it for `patience` seconds more. In a storage there is no lock.
     """
     if is_remote(path):
-        yield
+        yield None
         return
     lock = path.with_name(f".{path.name}.lock")
+    deadline = time.monotonic() + patience
     with disk_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = try_lock(lock)
+        while (file := try_lock(lock)) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
     if file is None:
         raise UserError(busy)
     with file:
-        yield
+        yield file
 
 
 def try_lock(path: Path) -> IO[bytes] | None:

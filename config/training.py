@@ -93,7 +93,9 @@ class TrainingConfig(Section):
     sample_prompt: str
     checkpoint_interval: PositiveInt
     keep_last: PositiveInt
+    keep_every: PositiveInt | None
     keep_best: bool
+    save_in_background: bool
     wandb: WandbConfig
 
     @model_validator(mode="after")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pickle
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -18,12 +17,27 @@ from config.files import atomic_write
 from config.load import config_from_dict
 from config.model import ModelConfig
 from config.schema import Config
+from model.archive import SealingFile, is_intact
+from model.checkpoint_folder import checkpoint_step, list_checkpoints
 from model.transformer import Transformer
 
 FORMAT = 1
-_NAME = re.compile(r"model_step_(\d+)\.pt")
 # What may differ between a checkpoint and the model its weights go into: neither shapes nor results depend on it.
 _FREE_KEYS = {"variant", "dropout", "init_std", "zero_init_projections"}
+
+
+# Name and version of the files whose checksum this process has found right.
+_intact: set[tuple[str, int, int, int]] = set()
+
+
+class Writable(Protocol):
+    """What `torch.save` needs of a file."""
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append `data`; returns its length in bytes."""
+
+    def flush(self) -> None:
+        """Hand what is buffered to the system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,44 +57,69 @@ class CheckpointInfo:
     finetuning: dict[str, Any] | None
 
 
-def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies in `directory`."""
-    return directory / f"model_step_{step}.pt"
-
-
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state`, with "format" set, to `path`: a reader sees the old file or the new one, never a part.
 
     `state` holds tensors, numbers, strings, None, and dictionaries, lists and tuples of them; anything else is a
     TypeError here rather than a file that cannot be read back. A full disk raises `UserError`.
     """
-    _check_plain(state, "state")
     with atomic_write(path) as file:
+        sealing = SealingFile(file)
         try:
-            torch.save({"format": FORMAT, **state}, file)
+            write_state(state, sealing)
         except RuntimeError as error:
             # When a write fails, torch closes its archive, which fails in its turn and hides the system's own error.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
+        sealing.seal()
+
+
+def write_state(state: dict[str, Any], file: Writable) -> None:
+    """Write `state` to `file` as the archive that `load_checkpoint` reads, but for its checksum."""
+    _check_plain(state, "state")
+    crc32 = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # one checksum, that of the whole file, is enough
+    try:
+        torch.save({"format": FORMAT, **state}, file)  # type: ignore[arg-type]
+    finally:
+        torch.serialization.set_crc32_options(crc32)
 
 
 def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint without executing anything in it.
+    """Read a checkpoint without executing anything in it, once its checksum has been found right.
 
-    Raises `UserError` where the file is missing, cut short, not a checkpoint of ours, or holds anything but data.
+    Raises `UserError` where the file is missing, cut short, damaged, not a checkpoint of ours, or holds anything but
+    data; it names the newest whole checkpoint of an earlier step.
     """
     path = Path(path)
+    try:
+        return _read(path, map_location)
+    except _Damaged as error:
+        raise UserError(f"{error} {_way_out(path)}") from error
+
+
+def checkpoint_run_name(path: Path) -> str:
+    """The name of the run that wrote a checkpoint, for which no weight is read; `UserError` where it cannot be."""
+    return str(_read(path, checking=False).get("run_name") or "unnamed")
+
+
+class _Damaged(UserError):
+    """A file that is not what was written."""
+
+
+def _read(path: Path, map_location: torch.device | str = "cpu", checking: bool = True) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}. Train one with: python scripts/train.py")
     try:
+        if checking and not _is_intact(path):
+            raise _Damaged(f"{path} is damaged: its checksum is not that of its content.")
         state = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
     except PermissionError as error:
         raise UserError(f"May not read {path}: permission denied.") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        raise UserError(
-            f"{path} is not a whole checkpoint: it was cut short, damaged, or is another kind of file. "
-            "Use another checkpoint."
+        raise _Damaged(
+            f"{path} is not a whole checkpoint: it was cut short, damaged, or is another kind of file."
         ) from error
     if not isinstance(state, dict) or not {"model", "config", "step"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this program: it lacks the weights or the configuration.")
@@ -90,34 +129,29 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
     return state
 
 
-def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """Step and path of every checkpoint in `directory`, ascending by step."""
-    if not directory.is_dir():
-        return []
-    names = ((_NAME.fullmatch(path.name), path) for path in directory.iterdir())
-    return sorted((int(match[1]), path) for match, path in names if match)
+def _is_intact(path: Path) -> bool:
+    """Whether nothing speaks against the file. Each version of a file is read through once in the life of a process."""
+    found = path.stat()
+    key = (str(path.resolve()), found.st_ino, found.st_size, found.st_mtime_ns)
+    if key not in _intact:
+        if is_intact(path) is False:
+            return False
+        _intact.add(key)
+    return True
 
 
-def latest_checkpoint(directory: Path) -> Path:
-    """The checkpoint of the highest step in `directory`; `UserError` if there is none."""
-    found = list_checkpoints(directory)
-    if not found:
-        raise UserError(f"There is no checkpoint in {directory}/. Train one with: python scripts/train.py")
-    return found[-1][1]
-
-
-def resolve_checkpoint(name: str | Path, directory: Path) -> Path:
-    """The file that a user means: "latest" (in `directory`), a folder (its latest), or the path of a file."""
-    if str(name) == "latest":
-        return latest_checkpoint(directory)
-    path = Path(name)
-    if path.is_dir():
-        return latest_checkpoint(path)
-    if not path.is_file():
-        steps = [step for step, _ in list_checkpoints(path.parent)]
-        there = f"Steps that exist there: {', '.join(map(str, steps))}." if steps else "Use latest, or train one first."
-        raise UserError(f"There is no checkpoint {path}. {there}")
-    return path
+def _way_out(path: Path) -> str:
+    """What to do about a bad checkpoint: use the newest good one of an earlier step in its folder, if there is any."""
+    step = checkpoint_step(path)
+    for earlier, other in reversed(list_checkpoints(path.parent)):
+        if step is None or earlier >= step:
+            continue
+        try:
+            _read(other)
+        except UserError:
+            continue
+        return f"The newest whole one before it is {other}."
+    return "Use another checkpoint."
 
 
 def load_model(

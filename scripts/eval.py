@@ -58,7 +58,8 @@ def evaluate(
 
     calm_threads()
     from data.tokenization.matching import matching_tokenizer
-    from model.checkpoint import load_model, resolve_checkpoint
+    from model.checkpoint import load_model
+    from model.checkpoint_folder import resolve_checkpoint
     from training.distributed import open_process
     from training.precision import Precision
 

@@ -125,7 +125,8 @@ def _load(config: Config, checkpoint: str) -> tuple[Transformer, Tokenizer, bool
     import torch
 
     from data.tokenization.matching import matching_tokenizer
-    from model.checkpoint import load_model, resolve_checkpoint
+    from model.checkpoint import load_model
+    from model.checkpoint_folder import resolve_checkpoint
     from training.distributed import choose_device
     from training.precision import Precision
 

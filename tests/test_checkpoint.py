@@ -15,16 +15,8 @@ import torch
 from config.errors import UserError
 from config.load import load_config
 from config.schema import Config
-from model.checkpoint import (
-    checkpoint_path,
-    latest_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    load_model,
-    load_weights,
-    resolve_checkpoint,
-    save_checkpoint,
-)
+from model.checkpoint import load_checkpoint, load_model, load_weights, save_checkpoint
+from model.checkpoint_folder import checkpoint_path, latest_checkpoint, list_checkpoints, resolve_checkpoint
 from model.transformer import Transformer
 
 SMALL = ["model.vocab_size=100", "model.n_layers=1", "model.d_model=16", "model.n_heads=2", "model.context_length=16"]

@@ -15,7 +15,8 @@ import torch
 from config.load import load_config, with_vocab_size
 from config.schema import Config
 from data.tokenization import Tokenizer, train_tokenizer
-from model.checkpoint import checkpoint_path, save_checkpoint
+from model.checkpoint import save_checkpoint
+from model.checkpoint_folder import checkpoint_path
 from model.transformer import Transformer
 
 TEXTS = [

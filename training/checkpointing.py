@@ -4,34 +4,56 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from config.errors import UserError
-from config.files import disk_errors
-from model.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, save_checkpoint
+from config.files import disk_errors, exclusive
+from config.training import TrainingConfig
+from model.checkpoint import checkpoint_run_name, save_checkpoint
+from model.checkpoint_folder import LATEST, Keep, checkpoint_path, list_checkpoints, set_latest
+from training.background import BackgroundWriter
+from training.writer import finish
 
 PREVIOUS = "previous"
+PATIENCE = 60.0  # seconds that the writer of a run that was killed gets for its last file
+LONG = 1.0  # seconds of waiting that are worth a word
+GOES_ON = "Training goes on, and tries again at the next checkpoint."
 
 
 class Checkpoints:
-    """The checkpoints of the run `run_name` in `directory`.
+    """The checkpoints of the run `run_name` in `training.checkpoint_dir`, which is this run's alone until `close`.
 
     `best` is {"step", "validation_loss"} of the one with the lowest validation loss, itself part of every checkpoint.
+    With `training.save_in_background` all but the last are written by another process. What goes wrong there is said
+    when it is known, and not raised; every earlier checkpoint is then still there.
     """
 
     def __init__(
-        self, directory: Path, run_name: str, *, keep_last: int, keep_best: bool, best: dict[str, Any] | None = None
+        self, training: TrainingConfig, run_name: str, say: Callable[[str], None], best: dict[str, Any] | None = None
     ) -> None:
-        self.directory = directory
+        self.directory = Path(training.checkpoint_dir)
         self.run_name = run_name
         self.best = best
-        self._keep_last = keep_last
-        self._keep_best = keep_best
         self.latest: Path | None = None
+        self._training = training
+        self._say = say
+        self._resources = ExitStack()
+        busy = f"Another run is writing to {self.directory}/. Wait for its end, or set another training.checkpoint_dir."
+        lock = self._resources.enter_context(exclusive(self.directory / LATEST, busy, PATIENCE))
+        for leftover in self.directory.glob(".model_step_*.tmp"):
+            leftover.unlink(missing_ok=True)
+        self._background: BackgroundWriter | None = None
+        if training.save_in_background and os.name == "posix":
+            self._background = BackgroundWriter(say, (lock.fileno(),) if lock else ())
+            self._resources.callback(self._background.close)
+        self._best_then: dict[str, Any] | None = None
+        self._ready = False
 
-    def set_aside_others(self, step: int, say: Callable[[str], None]) -> None:
+    def set_aside_others(self, step: int) -> None:
         """Move to `previous/<run name>/` what another run left here, and what this one wrote after `step`.
 
         So nothing that someone may want is overwritten, and the newest file here is always this run's.
@@ -48,33 +70,68 @@ class Checkpoints:
                 os.replace(path, target)
             moved[target.parent] = moved.get(target.parent, 0) + 1
         for folder, number in moved.items():
-            say(f"Moved {number} earlier checkpoint{'s' if number > 1 else ''} to {folder}/")
+            self._say(f"Moved {number} earlier checkpoint{'s' if number > 1 else ''} to {folder}/")
+        if self.latest is None:
+            (self.directory / LATEST).unlink(missing_ok=True)
+        else:
+            set_latest(self.latest)
 
-    def save(self, state: dict[str, Any]) -> Path:
-        """Write `state` as the checkpoint of its step, then delete those of this run that need not be kept.
+    def tend(self, state: Callable[[], dict[str, Any]]) -> None:
+        """To be called after every step: makes ready for states as large as this one, and hears of what was written."""
+        if self._background is None:
+            return
+        if not self._ready:
+            self._background.prepare(state())
+            self._ready = True
+        self._hear(wait=False)
 
-        Raises `UserError` where the disk is full; every earlier checkpoint is then still there.
+    def save(self, state: dict[str, Any], final: bool) -> None:
+        """Save `state` as the checkpoint of its step, then delete those of this run that need not be kept.
+
+        The `final` one is on the disk when this returns; it raises `UserError` where the disk is full.
         """
+        self._hear(wait=True)
         step, loss = state["step"], state["validation_loss"]
         best = self.best
         if loss is not None and math.isfinite(loss) and (best is None or loss <= best["validation_loss"]):
             best = {"step": step, "validation_loss": loss}
         path = checkpoint_path(self.directory, step)
-        save_checkpoint(path, {**state, "run_name": self.run_name, "best": best})
-        self.best, self.latest = best, path
-        self._prune()
-        return path
+        training = self._training
+        keep = Keep(training.keep_last, training.keep_every, best["step"] if best and training.keep_best else None)
+        state = {**state, "run_name": self.run_name, "best": best}
+        if final or self._background is None:
+            save_checkpoint(path, state)
+            finish(path, keep)
+            self.best, self.latest = best, path
+        else:
+            self._background.submit(path, state, keep)
+            self._best_then = best
 
-    def _prune(self) -> None:
-        kept = list_checkpoints(self.directory)
-        for step, path in kept[: -self._keep_last]:
-            if not (self._keep_best and self.best and step == self.best["step"]):
-                path.unlink(missing_ok=True)
+    def close(self) -> None:
+        """Wait for what is being written, and let the folder go."""
+        with self._resources:
+            self._hear(wait=True)
+
+    def _hear(self, wait: bool) -> None:
+        """Learn how the checkpoint fared that the background writer was given last."""
+        if self._background is None or not self._background.busy:
+            return
+        started = time.monotonic()
+        done = self._background.result(wait)
+        if done is None:
+            return
+        path, error = done
+        if time.monotonic() - started > LONG:
+            self._say(f"Waited {time.monotonic() - started:.1f} s until {path} was on the disk.")
+        if error is not None:
+            self._say(f"warning: {error} {GOES_ON}")
+        else:
+            self.best, self.latest = self._best_then, path
 
 
 def _run_name(path: Path) -> str:
     try:
-        return str(load_checkpoint(path).get("run_name") or "unnamed")
+        return checkpoint_run_name(path)
     except UserError:
         return "unreadable"
 

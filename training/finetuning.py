@@ -18,7 +18,8 @@ from data.examples.reading import Example, format_of, read_examples
 from data.examples.samples import ExampleSamples, hold_out, refuse_shared_prompts
 from data.tokenization import Tokenizer
 from data.tokenization.matching import matching_tokenizer
-from model.checkpoint import checkpoint_model_config, load_checkpoint, require_same_model, resolve_checkpoint
+from model.checkpoint import checkpoint_model_config, load_checkpoint, require_same_model
+from model.checkpoint_folder import resolve_checkpoint
 from training.plan import sequence_length
 from training.resume import run_config
 

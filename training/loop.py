@@ -18,6 +18,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from config.schema import Config
 from data.data_loader import IGNORED, Batch, DataLoader, SampleSource
 from model.transformer import Transformer
 from training import randomness
+from training.checkpointing import GOES_ON
 from training.console import Console, count, duration
 from training.distributed import Process, gradient_sync
 from training.meter import Meter
@@ -108,6 +110,8 @@ class Loop:
                     self._sample(step)
                 if saving:
                     self._save(loader.cursor, loss, final=last)
+                elif self.record is not None:
+                    self.record.tend(partial(self._state, loader.cursor, None))
                 if stopped_by:
                     return stopped_by
                 self.console.status(f"step {step}/{plan.steps}{self.reading}")
@@ -214,11 +218,11 @@ class Loop:
         error = None
         if self.record is not None:
             with self.meter.aside():
-                error = self.record.save(self._state(cursor, validation_loss))
+                error = self.record.save(self._state(cursor, validation_loss), final)
         if final:
             self.process.fail_together(error)
         elif error is not None:
-            self.console.say(f"warning: {error} Training goes on, and tries again at the next checkpoint.")
+            self.console.say(f"warning: {error} {GOES_ON}")
 
     def _state(self, cursor: int, validation_loss: float | None) -> dict[str, Any]:
         return {

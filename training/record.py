@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,30 @@ class Record:
     """The record of one run in `directory`, continued where `state`, the checkpoint resumed from, is not empty."""
 
     def __init__(self, config: Config, directory: Path, console: Console, state: dict[str, Any]) -> None:
-        training = config.training
         self._config = config
-        self.checkpoints = Checkpoints(
-            Path(training.checkpoint_dir),
-            directory.name,
-            keep_last=training.keep_last,
-            keep_best=training.keep_best,
-            best=state.get("best"),
-        )
+        self.checkpoints = Checkpoints(config.training, directory.name, console.say, state.get("best"))
         step = state.get("step", 0)
-        self.checkpoints.set_aside_others(step, console.say)
+        self.checkpoints.set_aside_others(step)
         self.tracker = Tracker(directory, config, console.say, step, state.get("wandb_id"))
 
-    def save(self, state: dict[str, Any]) -> UserError | None:
-        """Write a checkpoint; returns what kept it from being written, such as a full disk, if anything did."""
-        state = {**state, "config": self._config.model_dump(), "wandb_id": self.tracker.wandb_id}
+    def save(self, state: dict[str, Any], final: bool) -> UserError | None:
+        """Save a checkpoint; returns what kept it from being written, such as a full disk, if that is known already."""
         try:
-            self.checkpoints.save(state)
+            self.checkpoints.save(self._complete(state), final)
         except UserError as error:
             return error
         return None
 
+    def tend(self, state: Callable[[], dict[str, Any]]) -> None:
+        """To be called after every step, with a function that makes the state of a checkpoint."""
+        self.checkpoints.tend(lambda: self._complete(state()))
+
+    def _complete(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "config": self._config.model_dump(), "wandb_id": self.tracker.wandb_id}
+
     def close(self) -> None:
-        """Finish the picture and Weights & Biases."""
-        self.tracker.close()
+        """Wait for the last checkpoint, finish the picture and Weights & Biases."""
+        try:
+            self.checkpoints.close()
+        finally:
+            self.tracker.close()

@@ -10,7 +10,8 @@ from config.errors import UserError
 from config.load import load_config, read_setting
 from config.model import ModelConfig
 from config.schema import Config
-from model.checkpoint import checkpoint_config, load_checkpoint, resolve_checkpoint
+from model.checkpoint import checkpoint_config, load_checkpoint
+from model.checkpoint_folder import resolve_checkpoint
 from training.plan import sequence_length
 
 FIXED_MODEL = [key for key in ModelConfig.model_fields if key != "dropout"]

@@ -1,0 +1,128 @@
+"""Checkpoints written by a process of their own, which is replaced where it dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from model.checkpoint_folder import Keep
+from training.staging import Staging, staged_bytes
+from training.writer import Job
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = "from training.writer import main; main()"
+ATTEMPTS = 3
+NOT_ITS_BUSINESS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+class BackgroundWriter:
+    """Writes one checkpoint at a time. Everything in `descriptors` stays open until its process has ended as well."""
+
+    def __init__(self, say: Callable[[str], None], descriptors: tuple[int, ...] = ()) -> None:
+        self._say = say
+        self._descriptors = descriptors
+        self._staging = Staging()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._job: Job | None = None
+        self._attempts = 0
+        self._preparation: Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint has been handed over of which `result` has not told yet."""
+        return self._job is not None
+
+    def prepare(self, state: dict[str, Any]) -> None:
+        """Make ready for a state as large as this one, so that the first `submit` takes no longer than later ones."""
+        if self._process is None:
+            self._start()
+        self._preparation = Thread(target=self._staging.reserve, args=(staged_bytes(state),), name="checkpoint-memory")
+        self._preparation.start()
+
+    def submit(self, path: Path, state: dict[str, Any], keep: Keep) -> None:
+        """Copy `state`, and have it written to `path`. Not while `busy`: the writer still reads the last copy."""
+        assert not self.busy, "the last checkpoint is still being written"
+        self._finish_preparation()
+        self._job = Job(path, self._staging.lay_out(state), keep)
+        self._attempts = 0
+        self._hand_over()
+
+    def result(self, wait: bool) -> tuple[Path, str | None] | None:
+        """The path that was written and what went wrong, if anything; None where it is not done and `wait` is false.
+
+        A writer that has died is replaced, and its work handed over again.
+        """
+        assert self._job is not None and self._connection is not None
+        path = self._job.path
+        while True:
+            try:
+                if not self._connection.poll(None if wait else 0):
+                    return None
+                error: str | None = self._connection.recv()
+                break
+            except (EOFError, ConnectionError):
+                self._bury()
+            if self._attempts == ATTEMPTS:
+                error = f"The process that was to write {path} died {ATTEMPTS} times."
+                break
+            self._hand_over()
+        self._job = None
+        return path, error
+
+    def close(self) -> None:
+        """Let the writer finish and end, and give the memory back."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._process is not None:
+            self._process.wait()
+        self._finish_preparation()
+        self._staging.close()
+
+    def _finish_preparation(self) -> None:
+        if self._preparation is not None:
+            self._preparation.join()
+            self._preparation = None
+
+    def _hand_over(self) -> None:
+        self._attempts += 1
+        if self._process is None:
+            self._start()
+        assert self._connection is not None
+        with suppress(ConnectionError):  # `result` finds out
+            self._connection.send(self._job)
+
+    def _bury(self) -> None:
+        assert self._process is not None and self._connection is not None
+        self._connection.close()
+        status = self._process.wait()
+        self._process = None
+        how = signal.Signals(-status).name if status < 0 else f"status {status}"
+        self._say(f"warning: the process that writes checkpoints ended with {how}; another one takes over.")
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # A signal to the whole group of processes is the run's to answer; a blocked one stays so in the new process.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_ITS_BUSINESS)
+        try:
+            with theirs:
+                shared = (theirs.fileno(), self._staging.descriptor)
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", PROGRAM, *map(str, shared)],
+                    pass_fds=(*shared, *self._descriptors),
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                    stdin=subprocess.DEVNULL,
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._connection = Connection(ours.detach())

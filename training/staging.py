@@ -1,0 +1,151 @@
+"""A checkpoint laid out in memory that another process can read, so that the file is written beside the training.
+
+Two steps, of which only the first takes time: every tensor is copied into the shared memory, straight from the device
+it lies on; then `torch.save` writes the state, made of those copies, to a file that keeps what is small and only notes
+where in the shared memory the rest stands. Nothing is copied twice, and what comes out is the archive that `torch.save`
+makes, byte for byte.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, UntypedStorage
+
+from model.checkpoint import write_state
+from training.writer import Part
+
+ALIGNMENT = 64  # bytes
+
+
+class Staging:
+    """Shared memory for one checkpoint, made when first needed and used again for each later one.
+
+    `descriptor` stays the same as it grows. On a GPU the memory is page-locked, which lets the copies run at the full
+    speed of the bus. What a call of `lay_out` returned holds until the next call.
+    """
+
+    def __init__(self) -> None:
+        if hasattr(os, "memfd_create"):
+            self.descriptor = os.memfd_create("checkpoint")
+        else:
+            with tempfile.TemporaryFile() as file:
+                self.descriptor = os.dup(file.fileno())
+        self._memory: mmap.mmap | None = None
+        self._address = 0
+
+    def reserve(self, nbytes: int) -> None:
+        """Have at least `nbytes`, with every page in place: finding them while training waits would take far longer
+        than the copy."""
+        if self._memory is not None and len(self._memory) >= nbytes:
+            return
+        self._release()
+        os.ftruncate(self.descriptor, nbytes)
+        self._memory = mmap.mmap(self.descriptor, nbytes)
+        self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
+        ctypes.memset(self._address, 0, nbytes)
+        if torch.cuda.is_available():
+            torch.cuda.cudart().cudaHostRegister(self._address, nbytes, 0)
+
+    def lay_out(self, state: dict[str, Any]) -> list[Part]:
+        """Copy the tensors of `state`; returns the archive, in which an (offset, bytes) pair stands for shared memory.
+
+        Tensors that share their memory share it in the archive, as `torch.save` has it.
+        """
+        self.reserve(max(staged_bytes(state), mmap.PAGESIZE))
+        copies = _Copies(self._memory)
+        staged = copies.of(state)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        layout = _Layout(self._address, copies.used)
+        write_state(staged, layout)
+        return layout.parts
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._release()
+        os.close(self.descriptor)
+
+    def _release(self) -> None:
+        if self._memory is not None and torch.cuda.is_available():
+            torch.cuda.cudart().cudaHostUnregister(self._address)
+        self._memory = None
+
+
+def staged_bytes(state: Any) -> int:
+    """Bytes of shared memory that the tensors of `state` take."""
+    storages: dict[int, int] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = _aligned(storage.nbytes())
+        elif isinstance(value, dict):
+            for item in value.values():
+                walk(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                walk(item)
+
+    walk(state)
+    return sum(storages.values())
+
+
+class _Copies:
+    """Tensors copied one after the other into `memory`; `used` bytes of it so far."""
+
+    def __init__(self, memory: mmap.mmap | None) -> None:
+        self.used = 0
+        self._memory = memory
+        self._made: dict[int, UntypedStorage] = {}
+
+    def of(self, value: Any) -> Any:
+        """`value` with every tensor in it replaced by its copy. Copies from a GPU may still be under way."""
+        if isinstance(value, Tensor):
+            storage = self._storage(value.untyped_storage())
+            empty = torch.empty(0, dtype=value.dtype)
+            return empty.set_(storage, value.storage_offset(), value.size(), value.stride())
+        if isinstance(value, dict):
+            return {key: self.of(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.of(item) for item in value)
+        return value
+
+    def _storage(self, storage: UntypedStorage) -> UntypedStorage:
+        if storage.nbytes() == 0:
+            return storage.cpu()
+        if storage.data_ptr() not in self._made:
+            place = torch.frombuffer(self._memory, dtype=torch.uint8, count=storage.nbytes(), offset=self.used)
+            copy = place.untyped_storage()
+            copy.copy_(storage, non_blocking=True)
+            self._made[storage.data_ptr()] = copy
+            self.used += _aligned(storage.nbytes())
+        return self._made[storage.data_ptr()]
+
+
+class _Layout:
+    """A file for `torch.save`: what is written from the shared memory at `address` is noted as a place in it."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.parts: list[Part] = []
+        self._address, self._nbytes = address, nbytes
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Note `data`; returns its length in bytes."""
+        count = len(data)
+        offset = np.frombuffer(data, np.uint8).ctypes.data - self._address if count else -1
+        self.parts.append((offset, count) if 0 <= offset < self._nbytes else bytes(data))
+        return count
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
