@@ -19,7 +19,8 @@ from config.files import atomic_write
 
 LABEL = b"quern xxh3-128 "
 COMMENT = len(LABEL) + 2 * xxhash.xxh3_128().digest_size
-NO_COMMENT = b"\0\0"  # the last two bytes of an archive: the length of the comment that follows
+LAST_RECORD, LAST_RECORD_SIGNATURE = 22, b"PK\5\6"  # of a zip archive, with its length in bytes
+NO_COMMENT = b"\0\0"  # where the last record ends: the length of the comment that follows it
 BLOCK = 4 * 2**20
 
 
@@ -42,8 +43,8 @@ class SealingFile:
 
     def seal(self) -> None:
         """End the file, which must now be a whole archive without a comment."""
-        self._file.seek(-len(NO_COMMENT), 2)
-        self._file.write(COMMENT.to_bytes(len(NO_COMMENT), "little") + LABEL + self._hash.hexdigest().encode())
+        self._file.seek(-2, 2)
+        self._file.write(COMMENT.to_bytes(2, "little") + LABEL + self._hash.hexdigest().encode())
 
 
 def write_archive(path: Path, parts: Iterable[bytes | memoryview]) -> None:
@@ -59,20 +60,16 @@ def is_intact(path: Path) -> bool | None:
     """Whether the file holds what was written; None where it has no checksum. Reads the whole file."""
     with open(path, "rb") as file:
         size = file.seek(0, 2)
-        body = size - COMMENT - len(NO_COMMENT)
-        if body < 0:
-            return None
-        file.seek(body)
+        file.seek(max(0, size - LAST_RECORD - COMMENT))
         end = file.read()
-        if not end.startswith(COMMENT.to_bytes(len(NO_COMMENT), "little") + LABEL):
+        record = end.rfind(LAST_RECORD_SIGNATURE)
+        if record < 0 or end[record + LAST_RECORD - 2 : record + LAST_RECORD] != COMMENT.to_bytes(2, "little"):
             return None
+        comment = end[record + LAST_RECORD :]
+        left, found, buffer = size - len(comment) - 2, xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
         file.seek(0)
-        found, buffer = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
-        while body > 0:
-            count = file.readinto(buffer[: min(body, BLOCK)])
-            if not count:
-                return False
+        while left > 0 and (count := file.readinto(buffer[: min(left, BLOCK)])):
             found.update(buffer[:count])
-            body -= count
+            left -= count
         found.update(NO_COMMENT)
-        return found.hexdigest().encode() == end[-2 * found.digest_size :]
+        return left == 0 and comment == LABEL + found.hexdigest().encode()

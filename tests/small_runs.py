@@ -198,8 +198,8 @@ class FixedLoss:
 
 @cache
 def small_config(*overrides: str, vocab_size: int = 100) -> Config:
-    """The configuration of a small run."""
-    return with_vocab_size(load_config([], [*SMALL, *overrides]), vocab_size)
+    """The configuration of a small run in a test's own process, which by default writes its checkpoints itself."""
+    return with_vocab_size(load_config([], [*SMALL, "training.save_in_background=false", *overrides]), vocab_size)
 
 
 def train_here(source: SampleSource, *overrides: str, draw: bool = False, **options: Any) -> TrainResult:

@@ -15,8 +15,17 @@ import torch
 from config.errors import UserError
 from config.load import load_config
 from config.schema import Config
+from model.archive import is_intact
 from model.checkpoint import load_checkpoint, load_model, load_weights, save_checkpoint
-from model.checkpoint_folder import checkpoint_path, latest_checkpoint, list_checkpoints, resolve_checkpoint
+from model.checkpoint_folder import (
+    Keep,
+    checkpoint_path,
+    latest_checkpoint,
+    list_checkpoints,
+    prune,
+    resolve_checkpoint,
+    set_latest,
+)
 from model.transformer import Transformer
 
 SMALL = ["model.vocab_size=100", "model.n_layers=1", "model.d_model=16", "model.n_heads=2", "model.context_length=16"]
@@ -78,10 +87,40 @@ def test_model_can_be_loaded_in_lower_precision(saved: Path) -> None:
 
 def test_file_cut_at_any_byte_is_one_clear_error(saved: Path, tmp_path: Path) -> None:
     whole, torn = saved.read_bytes(), tmp_path / "torn.pt"
-    for size in [*range(0, len(whole), 499), *range(len(whole) - 40, len(whole))]:
+    for size in [*range(0, len(whole), 499), *range(len(whole) - 90, len(whole))]:
         torn.write_bytes(whole[:size])
-        with pytest.raises(UserError, match="torn.pt is not a whole checkpoint: it was cut short"):
+        with pytest.raises(UserError, match="torn.pt is (not a whole checkpoint: it was cut short|damaged)"):
             load_checkpoint(torn)
+
+
+def test_a_flipped_bit_anywhere_is_found_and_the_last_good_one_named(saved: Path) -> None:
+    """PyTorch itself loads such a file without a word."""
+    config = small_config()
+    newer = checkpoint_path(saved.parent, 5)
+    save_checkpoint(newer, state_of(Transformer(config.model), config, 5))
+    whole = newer.read_bytes()
+    load_checkpoint(newer)
+    for place in [*range(50, len(whole), len(whole) // 40), len(whole) - 1]:
+        newer.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=f"(?s)model_step_5.pt is .*The newest whole one before it is {saved}"):
+            load_checkpoint(newer)
+    newer.write_bytes(whole)
+    assert load_checkpoint(newer)["step"] == 5
+    saved.write_bytes(b"nothing")
+    newer.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="is damaged: its checksum is not that of its content. Use another checkpoint."):
+        load_checkpoint(newer)
+
+
+def test_the_checksum_goes_with_the_file_and_older_files_have_none(saved: Path, tmp_path: Path) -> None:
+    elsewhere, old = tmp_path / "sent" / "weights.pt", tmp_path / "old.pt"
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(saved.read_bytes())
+    assert is_intact(saved) is True and is_intact(elsewhere) is True
+    assert torch.load(elsewhere, weights_only=True)["step"] == 3
+    torch.save(torch.load(saved, weights_only=True), old)
+    assert is_intact(old) is None
+    assert load_checkpoint(old)["step"] == 3
 
 
 class _Payload:
@@ -194,6 +233,24 @@ def test_finding_checkpoints(tmp_path: Path, saved: Path) -> None:
         UserError, match=r"There is no checkpoint .*model_step_5.pt. Steps that exist there: 3, 20, 100"
     ):
         resolve_checkpoint(tmp_path / "model_step_5.pt", tmp_path)
+
+
+def test_the_pointer_goes_before_the_highest_step(tmp_path: Path, saved: Path) -> None:
+    newer = checkpoint_path(tmp_path, 9)
+    newer.write_bytes(saved.read_bytes())
+    assert latest_checkpoint(tmp_path) == newer
+    set_latest(saved)
+    assert resolve_checkpoint("latest", tmp_path) == saved
+    for nonsense in (b"model_step_7.pt", b"../elsewhere.pt", b"", bytes(range(128, 200))):
+        (tmp_path / "latest").write_bytes(nonsense)
+        assert latest_checkpoint(tmp_path) == newer
+
+
+def test_pruning_keeps_the_last_the_best_and_every_so_many(tmp_path: Path) -> None:
+    for step in range(10, 100, 10):
+        checkpoint_path(tmp_path, step).touch()
+    prune(tmp_path, Keep(last=2, every=30, best=20))
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [20, 30, 60, 80, 90]
 
 
 def test_no_checkpoint_yet(tmp_path: Path) -> None:

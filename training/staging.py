@@ -51,7 +51,7 @@ class Staging:
         self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
         ctypes.memset(self._address, 0, nbytes)
         if torch.cuda.is_available():
-            torch.cuda.cudart().cudaHostRegister(self._address, nbytes, 0)
+            torch.cuda.cudart().cudaHostRegister(self._address, nbytes, 0)  # type: ignore[no-untyped-call]
 
     def lay_out(self, state: dict[str, Any]) -> list[Part]:
         """Copy the tensors of `state`; returns the archive, in which an (offset, bytes) pair stands for shared memory.
@@ -74,7 +74,7 @@ class Staging:
 
     def _release(self) -> None:
         if self._memory is not None and torch.cuda.is_available():
-            torch.cuda.cudart().cudaHostUnregister(self._address)
+            torch.cuda.cudart().cudaHostUnregister(self._address)  # type: ignore[no-untyped-call]
         self._memory = None
 
 
@@ -119,7 +119,7 @@ class _Copies:
 
     def _storage(self, storage: UntypedStorage) -> UntypedStorage:
         if storage.nbytes() == 0:
-            return storage.cpu()
+            return torch.empty(0).untyped_storage()
         if storage.data_ptr() not in self._made:
             place = torch.frombuffer(self._memory, dtype=torch.uint8, count=storage.nbytes(), offset=self.used)
             copy = place.untyped_storage()
