@@ -49,6 +49,13 @@ class ShortSequencesConfig(Section):
     fraction: Fraction
 
 
+class BatchWarmupConfig(Section):
+    """Fewer sequences in the first steps: `batch_size` grows from `sequences` in equal stages."""
+
+    sequences: PositiveInt | None
+    steps: Annotated[int, Field(ge=0)]
+
+
 class WandbConfig(Section):
     """Weights & Biases."""
 
@@ -76,6 +83,7 @@ class TrainingConfig(Section):
     epochs: Rate | None
     batch_size: PositiveInt
     micro_batch_size: PositiveInt
+    batch_warmup: BatchWarmupConfig
     sequence_length: PositiveInt | None
     short_sequences: ShortSequencesConfig
     gradient_checkpointing: Literal["none", "selective", "full"]
@@ -109,5 +117,10 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"micro_batch_size: batch_size={self.batch_size} is not divisible by "
                 f"micro_batch_size={self.micro_batch_size}; choose from {divisors(self.batch_size)}"
+            )
+        if self.batch_size % (self.batch_warmup.sequences or 1):
+            raise ValueError(
+                f"batch_warmup.sequences: batch_size={self.batch_size} is not a multiple of "
+                f"{self.batch_warmup.sequences}; choose from {divisors(self.batch_size)}"
             )
         return self

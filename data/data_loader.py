@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from queue import Empty, Queue
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -78,10 +79,12 @@ class DataLoader:
     """Endless batches of `source`, epoch after epoch; an epoch's last samples share a batch with the next one's first.
 
     `batch_size` counts the sequences of a step over all ranks; rank r gets rows r*b ... (r+1)*b of it, with
-    b = batch_size / world_size. `cursor` is the number of samples of the global order in all batches yielded so far,
-    the same on every rank; give it back to continue. A thread prepares `prefetch_batches` ahead and ends with
-    `close()`, the `with` block, or the loader's own life. With `pin_memory` every batch lies in page-locked memory of
-    its own, which PyTorch's allocator does not hand out again before copies from it are done.
+    b = batch_size / world_size. `sizes` are those of the batches to come, where they differ from one another: an
+    endless iterator of multiples of `world_size`, left to the loader's thread. `cursor` is the number of samples of the
+    global order in all batches yielded so far, the same on every rank; give it back to continue. A thread prepares
+    `prefetch_batches` ahead and ends with `close()`, the `with` block, or the loader's own life. With `pin_memory`
+    every batch lies in page-locked memory of its own, which PyTorch's allocator does not hand out again before copies
+    from it are done.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class DataLoader:
         rank: int = 0,
         world_size: int = 1,
         cursor: int = 0,
+        sizes: Iterator[int] | None = None,
         prefetch_batches: int = 4,
         pin_memory: bool = False,
     ) -> None:
@@ -104,11 +108,11 @@ class DataLoader:
         if len(source) < 1:
             raise UserError("There is no sample to train on.")
         self.source = source
-        self.batch_size = batch_size
         self.cursor = cursor
-        self._order = _Order(source, seed, batch_size, batch_size // world_size, rank * (batch_size // world_size))
+        self._order = _Order(source, seed, rank, world_size)
+        self._sizes = repeat(batch_size) if sizes is None else sizes
         self._pin_memory = pin_memory
-        self._queue: Queue[Batch | BaseException] = Queue(maxsize=prefetch_batches)
+        self._queue: Queue[tuple[Batch, int] | BaseException] = Queue(maxsize=prefetch_batches)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._finalizer: weakref.finalize[Any, DataLoader] | None = None
@@ -126,18 +130,19 @@ class DataLoader:
             raise RuntimeError("the data loader is closed")
         if self._thread is None:
             self._start()
-        batch = self._queue.get()
-        if isinstance(batch, BaseException):
+        prepared = self._queue.get()
+        if isinstance(prepared, BaseException):
             self.close()
-            raise batch
-        self.cursor += self.batch_size
+            raise prepared
+        batch, size = prepared
+        self.cursor += size
         return batch
 
     def _start(self) -> None:
         device = torch.cuda.current_device() if self._pin_memory else None
         self._thread = threading.Thread(
             target=_prefetch,
-            args=(self._order, self.cursor, device, self._queue, self._stop),
+            args=(self._order, self.cursor, self._sizes, device, self._queue, self._stop),
             name="data-loader",
             daemon=True,
         )
@@ -164,21 +169,22 @@ class _Order(NamedTuple):
 
     source: SampleSource
     seed: int
-    batch_size: int
-    rows: int
-    offset: int
+    rank: int
+    world_size: int
 
-    def indices(self, cursor: int, batches: int) -> NDArray[np.int64]:
-        """Samples of the next batches, shape (batches, rows)."""
+    def indices(self, cursor: int, sizes: Sequence[int]) -> list[NDArray[np.int64]]:
+        """Samples of the next batches, which are of these sizes over all ranks: an array of (rows,) for each."""
         length = len(self.source)
-        first = np.arange(batches, dtype=np.int64) * self.batch_size + cursor + self.offset
-        positions = first[:, None] + np.arange(self.rows)
+        rows = np.array(sizes, dtype=np.int64) // self.world_size
+        ends = np.cumsum(rows)  # of this rank's rows
+        starts = cursor + np.cumsum(sizes) - sizes + self.rank * rows  # of its share in each batch
+        positions = np.arange(ends[-1]) + np.repeat(starts - (ends - rows), rows)
         epochs, within = positions // length, positions % length
         indices = np.empty_like(positions)
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
             chosen = epochs == epoch
             indices[chosen] = permute(within[chosen], length, self.seed, epoch)
-        return indices
+        return np.split(indices, ends[:-1])
 
     def batch(self, indices: NDArray[np.int64]) -> Batch:
         """The samples of these indices, shape (rows,)."""
@@ -195,29 +201,34 @@ class _Order(NamedTuple):
 def _prefetch(
     order: _Order,
     cursor: int,
+    sizes: Iterator[int],
     device: int | None,
-    queue: Queue[Batch | BaseException],
+    queue: Queue[tuple[Batch, int] | BaseException],
     stop: threading.Event,
 ) -> None:
     """The thread's work. It holds no reference to the loader, so that the loader can be collected."""
     try:
         if device is not None:
             torch.cuda.set_device(device)
-        ahead = max(1, min(ORDER_SAMPLES, len(order.source)) // order.rows)
         while True:
-            for indices in order.indices(cursor, ahead):
+            coming = [next(sizes)]
+            while sum(coming) < min(ORDER_SAMPLES, len(order.source)) * order.world_size:
+                coming.append(next(sizes))
+            for indices, size in zip(order.indices(cursor, coming), coming, strict=True):
                 if stop.is_set():
                     return
                 batch = order.batch(indices)
                 if device is not None:
                     batch = Batch(batch.inputs.pin_memory(), batch.targets.pin_memory())
-                queue.put(batch)
-            cursor += ahead * order.batch_size
+                queue.put((batch, size))
+            cursor += sum(coming)
     except BaseException as error:
         queue.put(error)
 
 
-def _shut_down(queue: Queue[Batch | BaseException], stop: threading.Event, thread: threading.Thread) -> None:
+def _shut_down(
+    queue: Queue[tuple[Batch, int] | BaseException], stop: threading.Event, thread: threading.Thread
+) -> None:
     """Stop the thread and wait for its end: it may hang in `put`, which an emptied queue lets pass, then sees `stop`.
 
     The garbage collector may call this from the thread itself, which then cannot wait for itself.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -249,6 +250,24 @@ class TestDataLoader:
             halves = take(small, 20)
             wholes = take(large, 10)
         assert torch.equal(torch.cat([b.inputs for b in halves]), torch.cat([b.inputs for b in wholes]))
+
+    @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 3), st.integers(0, 11))
+    @settings(max_examples=25, deadline=None)
+    def test_order_and_cursor_are_exact_for_batches_of_any_sizes(
+        self, sizes: list[int], world_size: int, taken: int
+    ) -> None:
+        source, sizes, taken = Numbers(23), [size * world_size for size in sizes], min(taken, len(sizes) - 1)
+        with DataLoader(source, batch_size=sum(sizes), seed=3) as whole:
+            expected = torch.split(next(whole).inputs, sizes)
+        for rank in range(world_size):
+            options = {"batch_size": 9 * world_size, "seed": 3, "rank": rank, "world_size": world_size}
+            for begin in (0, taken):
+                cursor, coming = sum(sizes[:begin]), itertools.chain(sizes[begin:], itertools.repeat(world_size))
+                with DataLoader(source, cursor=cursor, sizes=coming, **options) as loader:  # type: ignore[arg-type]
+                    for wanted in expected[begin:]:
+                        assert torch.equal(next(loader).inputs, wanted.chunk(world_size)[rank])
+                        cursor += len(wanted)
+                        assert loader.cursor == cursor
 
     def test_a_batch_may_exceed_an_epoch(self) -> None:
         with DataLoader(Numbers(3), batch_size=10, seed=0) as loader:

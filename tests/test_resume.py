@@ -50,7 +50,13 @@ def compare_checkpoints(left: Path, right: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        ["training.optimizer=muon"],
+        [
+            "training.optimizer=muon",
+            "training.muon.second_moment=0.9",
+            "training.cautious_weight_decay=true",
+            "training.batch_warmup.sequences=2",
+            "training.batch_warmup.steps=9",
+        ],
         ["training.optimizer=adamw", "training.precision=bf16", "training.gradient_checkpointing=full"],
     ],
 )
@@ -125,6 +131,7 @@ class TestConfiguration:
             "model.variant=gpt2-small",
             "training.seed=1",
             "training.batch_size=16",
+            "training.batch_warmup.steps=4",
             "training.sequence_length=16",
             "training.optimizer=adamw",
             "training.run_name=other",

@@ -14,11 +14,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from config.errors import UserError
-from config.training import ScheduleConfig, ShortSequencesConfig
+from config.training import BatchWarmupConfig, ScheduleConfig, ShortSequencesConfig
+from data.data_loader import DataLoader
 from model.transformer import Transformer
 from tests.small_runs import (
     SMALL,
@@ -40,7 +41,7 @@ from tests.small_runs import (
 from training import randomness
 from training.console import Console, count, duration
 from training.plan import make_plan
-from training.schedules import piece_length, rate_factor
+from training.schedules import batch_rows, piece_length, rate_factor, sequences_through
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +241,8 @@ class TestPlan:
             UserError, match="batch_size=8 cannot be dealt evenly to 3 processes; choose a multiple of 3"
         ):
             make_plan(small_config(), 100, 3)
+        with pytest.raises(UserError, match="batch_warmup.sequences=2 cannot be dealt evenly to 4 processes"):
+            make_plan(small_config("training.batch_warmup.sequences=2"), 100, 4)
 
     @pytest.mark.parametrize(
         ("batch", "micro", "world", "expected"), [(32, 32, 4, 1), (32, 4, 2, 4), (96, 32, 2, 2), (24, 8, 2, 2)]
@@ -249,12 +252,50 @@ class TestPlan:
     ) -> None:
         config = small_config(f"training.batch_size={batch}", f"training.micro_batch_size={micro}")
         plan = make_plan(config, 1000, world)
-        assert plan.micro_batches == expected
-        assert plan.rows % plan.micro_batches == 0 and plan.rows // plan.micro_batches <= micro
+        rows = plan.micro_rows_of(plan.rows)
+        assert rows * expected == plan.rows and rows <= micro
 
     def test_epochs_count_passes_over_the_data(self) -> None:
         config = small_config("training.max_steps=null", "training.epochs=2.5")
         assert make_plan(config, 80, 1).steps == 25
+        growing = small_config(
+            "training.max_steps=null",
+            "training.epochs=2.5",
+            "training.batch_warmup.sequences=2",
+            "training.batch_warmup.steps=9",
+        )
+        plan = make_plan(growing, 80, 1)
+        assert plan.steps == 30 and plan.sequences_through(plan.steps) == pytest.approx(200, abs=4)
+
+    @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 40))
+    def test_a_batch_grows_in_equal_stages(self, sequences: int, stages: int, steps: int) -> None:
+        warmup, batch_size = BatchWarmupConfig(sequences=sequences, steps=steps), sequences * stages
+        rows = [batch_rows(warmup, step, batch_size) for step in range(1, steps + 3)]
+        assert rows == sorted(rows) and set(rows) <= set(range(sequences, batch_size + 1, sequences))
+        assert rows[-2:] == [batch_size] * 2
+        lengths = [rows[:steps].count(size) for size in range(sequences, batch_size, sequences)]
+        assert not lengths or max(lengths) - min(lengths) <= 1
+        for step in range(steps + 3):
+            assert sequences_through(warmup, step, batch_size) == sum(rows[:step])
+
+    def test_a_growing_batch_reaches_the_model_in_the_order_of_the_data(self) -> None:
+        """With 2, 4, 6, 6, ... rows a step, in passes of at most 3, every sequence comes once and in its place."""
+        seen: list[Tensor] = []
+
+        class Watching(Transformer):
+            def forward(self, tokens: Tensor, *arguments: Any, **options: Any) -> Any:
+                seen.append(tokens)
+                return super().forward(tokens, *arguments, **options)
+
+        settings = ("training.batch_size=6", "training.micro_batch_size=3", "training.max_steps=4")
+        warmup = ("training.batch_warmup.sequences=2", "training.batch_warmup.steps=2", "training.log_interval=1")
+        source, model = RandomSamples(32, 32), Watching(small_config().model)
+        model.init_weights(1)
+        result = train_here(source, *settings, *warmup, model=model)
+        assert [len(tokens) for tokens in seen] == [2, 2, 2, 3, 3, 3, 3]
+        with DataLoader(source, batch_size=18, seed=small_config().training.seed) as loader:
+            assert torch.equal(torch.cat(seen), next(loader).inputs)
+        assert [row["tokens"] for row in metrics(result.run_dir)] == [32 * rows for rows in (2, 6, 12, 18)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

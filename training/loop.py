@@ -89,7 +89,8 @@ class Loop:
             seed=training.seed,
             rank=process.rank,
             world_size=process.world_size,
-            cursor=self.progress.step * plan.batch_size,
+            cursor=plan.sequences_through(self.progress.step),
+            sizes=plan.sizes_after(self.progress.step),
             prefetch_batches=self.config.data.loader.prefetch_batches,
             pin_memory=process.device.type == "cuda",
         )
@@ -124,7 +125,7 @@ class Loop:
         """One optimizer step over the global batch of which `batch` is this process's share, (rows, time) each."""
         training, plan, process, device = self.config.training, self.plan, self.process, self.process.device
         length = piece_length(training.short_sequences, step, plan.steps, plan.sequence_length)
-        self.meter.add(plan.tokens_per_step, self.model.flops_per_token(length))
+        self.meter.add(plan.tokens_of(step), self.model.flops_per_token(length))
         valid = process.total(int((batch.targets != IGNORED).sum()))
         if valid == 0:
             self.progress.empty_steps += 1
@@ -134,7 +135,8 @@ class Loop:
             randomness.seed_step(training.seed, step, process.rank)
 
         inputs, targets = (part.to(device, non_blocking=True) for part in batch)
-        micro_batches = list(zip(inputs.chunk(plan.micro_batches), targets.chunk(plan.micro_batches), strict=True))
+        passes = len(inputs) // plan.micro_rows_of(len(inputs))
+        micro_batches = list(zip(inputs.chunk(passes), targets.chunk(passes), strict=True))
         loss_sum = torch.zeros((), device=device)
         for number, (tokens, wanted) in enumerate(micro_batches, start=1):
             with gradient_sync(self.forward, enabled=number == len(micro_batches)):
@@ -190,7 +192,7 @@ class Loop:
             return
         row = {
             "step": step,
-            "tokens": step * self.plan.tokens_per_step,
+            "tokens": self.plan.sequences_through(step) * self.plan.sequence_length,
             "loss": reading.loss,
             "validation_loss": validation_loss,
             "learning_rate": self.optimizers.learning_rate,

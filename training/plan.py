@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from config.errors import UserError
 from config.model import ModelConfig
 from config.schema import Config
 from config.section import divisors
-from config.training import TrainingConfig
+from config.training import BatchWarmupConfig, TrainingConfig
+from training.schedules import batch_rows, sequences_through
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`rows` are the sequences of one process in a step, seen in `micro_batches` equal forward passes."""
+    """`rows` are the sequences of one process in a step, seen in equal forward passes of at most `micro_rows`."""
 
     steps: int
     batch_size: int
+    batch_warmup: BatchWarmupConfig
     sequence_length: int
     rows: int
-    micro_batches: int
+    micro_rows: int
 
     @property
     def tokens_per_step(self) -> int:
-        """Input tokens of one optimizer step, over all processes."""
+        """Input tokens of one optimizer step, over all processes, once the batch has grown."""
         return self.batch_size * self.sequence_length
+
+    def tokens_of(self, step: int) -> int:
+        """Input tokens of `step`, which are fewer while the batch grows."""
+        return batch_rows(self.batch_warmup, step, self.batch_size) * self.sequence_length
+
+    def sequences_through(self, step: int) -> int:
+        """Sequences of the steps up to `step`, that one included."""
+        return sequences_through(self.batch_warmup, step, self.batch_size)
+
+    def sizes_after(self, step: int) -> Iterator[int]:
+        """Sequences of each step after `step`, without end."""
+        return (batch_rows(self.batch_warmup, at, self.batch_size) for at in count(step + 1))
+
+    def micro_rows_of(self, rows: int) -> int:
+        """Sequences of one forward pass, where a process has `rows` of them in a step."""
+        return max(size for size in divisors(rows) if size <= self.micro_rows)
 
 
 def sequence_length(model: ModelConfig, training: TrainingConfig) -> int:
@@ -39,20 +59,25 @@ def make_plan(config: Config, samples: int, world_size: int) -> Plan:
     smaller size that does is taken, so that every forward pass has the same shape.
     """
     training = config.training
-    if training.batch_size % world_size:
-        raise UserError(
-            f"training.batch_size={training.batch_size} cannot be dealt evenly to {world_size} processes; "
-            f"choose a multiple of {world_size}."
-        )
+    sizes = {"batch_size": training.batch_size, "batch_warmup.sequences": training.batch_warmup.sequences or world_size}
+    for key, size in sizes.items():
+        if size % world_size:
+            raise UserError(
+                f"training.{key}={size} cannot be dealt evenly to {world_size} processes; "
+                f"choose a multiple of {world_size}."
+            )
     rows = training.batch_size // world_size
     steps = training.max_steps
     if steps is None:
         assert training.epochs is not None
-        steps = max(1, round(training.epochs * samples / training.batch_size))
+        missing = training.batch_warmup.steps * training.batch_size
+        missing -= sequences_through(training.batch_warmup, training.batch_warmup.steps, training.batch_size)
+        steps = max(1, round((training.epochs * samples + missing) / training.batch_size))
     return Plan(
         steps=steps,
         batch_size=training.batch_size,
+        batch_warmup=training.batch_warmup,
         sequence_length=sequence_length(config.model, training),
         rows=rows,
-        micro_batches=min(count for count in divisors(rows) if rows // count <= training.micro_batch_size),
+        micro_rows=training.micro_batch_size,
     )

@@ -81,11 +81,13 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 def _tokens_and_steps(rows: Sequence[Row]) -> Any:
     """Ticks as `4M` with `step 500` below it."""
+    import numpy as np
+
     from training.console import count
 
-    per_step = rows[-1]["tokens"] / rows[-1]["step"] if rows else 1
+    tokens_of, steps = ([0, *(row[key] for row in rows)] for key in ("tokens", "step"))
 
     def label(tokens: float, _position: int) -> str:
-        return f"{count(max(0, tokens))}\nstep {tokens / per_step:,.0f}"
+        return f"{count(max(0, tokens))}\nstep {np.interp(tokens, tokens_of, steps):,.0f}"
 
     return label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ from model.checkpoint_folder import resolve_checkpoint
 from training.plan import sequence_length
 
 FIXED_MODEL = [key for key in ModelConfig.model_fields if key != "dropout"]
-FIXED_TRAINING = ("run_name", "seed", "batch_size", "sequence_length", "optimizer")
+FIXED_TRAINING = (
+    "run_name",
+    "seed",
+    "batch_size",
+    "batch_warmup.sequences",
+    "batch_warmup.steps",
+    "sequence_length",
+    "optimizer",
+)
 
 
 def run_config(
@@ -70,7 +79,7 @@ def _require_same(saved: Config, config: Config, checkpoint: Path) -> None:
 def _fixed(saved: Config, config: Config) -> list[tuple[str, Any, Any]]:
     pairs = [(f"model.{key}", getattr(saved.model, key), getattr(config.model, key)) for key in FIXED_MODEL]
     for key in FIXED_TRAINING:
-        before, now = getattr(saved.training, key), getattr(config.training, key)
+        before, now = (attrgetter(key)(each.training) for each in (saved, config))
         if key == "sequence_length":
             before, now = (sequence_length(each.model, each.training) for each in (saved, config))
         pairs.append((f"training.{key}", before, now))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from config.training import ScheduleConfig, ShortSequencesConfig
+from config.training import BatchWarmupConfig, ScheduleConfig, ShortSequencesConfig
 
 
 def rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
@@ -35,3 +35,26 @@ def piece_length(short: ShortSequencesConfig, step: int, steps: int, sequence_le
     if short.length is None or step > short.fraction * steps:
         return sequence_length
     return short.length
+
+
+def batch_rows(warmup: BatchWarmupConfig, step: int, batch_size: int) -> int:
+    """Sequences of `step`, over all processes: a multiple of `warmup.sequences`, from it up to `batch_size`.
+
+    The noise of a small batch does little harm while the loss still falls fast (McCandlish et al., 2018;
+    Merrill et al., 2025, https://arxiv.org/abs/2505.23971), and it costs less. Stages, rather than a new size at every
+    step, keep the shapes few that a compiled step is compiled for.
+    """
+    if warmup.sequences is None or step > warmup.steps:
+        return batch_size
+    stages = batch_size // warmup.sequences
+    return warmup.sequences * (1 + (step - 1) * (stages - 1) // warmup.steps)
+
+
+def sequences_through(warmup: BatchWarmupConfig, step: int, batch_size: int) -> int:
+    """Sequences of the steps up to `step`, that one included: where a run stands in the order of its data."""
+    if warmup.sequences is None:
+        return step * batch_size
+    growing = min(step, warmup.steps)
+    stages = max(1, batch_size // warmup.sequences - 1)
+    begun = [-(-stage * warmup.steps // stages) for stage in range(stages)]  # steps before each stage
+    return (step - growing) * batch_size + warmup.sequences * sum(max(0, growing - before) for before in begun)
