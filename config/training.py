@@ -79,6 +79,9 @@ class TrainingConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     compile: Literal["auto", True, False]
+    parallelism: Literal["ddp", "fsdp", "hsdp"]
+    shard_group: PositiveInt | None
+    tensor_parallel: PositiveInt
     max_steps: PositiveInt | None
     epochs: Rate | None
     batch_size: PositiveInt

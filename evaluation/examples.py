@@ -48,10 +48,12 @@ def evaluate_samples(
     was_training = model.training
     model.eval()
     try:
-        mine = np.arange(rank, len(samples), world_size)
+        # As many for every process: a sharded model is run by all or none. A number past the end is not scored.
+        mine = np.arange(rank, len(samples) + -len(samples) % world_size, world_size)
         for begin in range(0, len(mine), batch_size):
-            numbers = mine[begin : begin + batch_size]
-            inputs, targets = (part.to(device) for part in _batch(samples, numbers))
+            batch = mine[begin : begin + batch_size]
+            numbers = batch[batch < len(samples)]
+            inputs, targets = (part.to(device) for part in _batch(samples, batch.clip(max=len(samples) - 1)))
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 logits = model(inputs)
             losses = nn.functional.cross_entropy(
@@ -60,7 +62,8 @@ def evaluate_samples(
             scored = targets != IGNORED
             size = sizes[targets.clamp(min=0)] * scored if sizes is not None else torch.zeros_like(targets)
             rows = [losses, scored, losses * (size > 0), size]
-            sums[torch.from_numpy(numbers).to(device)] = torch.stack([row.sum(1, dtype=precise) for row in rows], dim=1)
+            figures = torch.stack([row.sum(1, dtype=precise) for row in rows], dim=1)
+            sums[torch.from_numpy(numbers).to(device)] = figures[: len(numbers)]
     finally:
         model.train(was_training)
     if world_size > 1:

@@ -141,7 +141,7 @@ def evaluate_tokens(
     model.eval()
     try:
         for inputs, wanted, block in _batches(
-            reader, block_ends, _windows(targets, context_length, stride)[rank::world_size], context_length, batch_size
+            reader, block_ends, _windows(targets, context_length, stride, rank, world_size), context_length, batch_size
         ):
             scored_now = int((wanted != IGNORED).sum())
             inputs, wanted, block = (part.to(device, non_blocking=True) for part in (inputs, wanted, block))
@@ -187,11 +187,18 @@ def default_batch_size(context_length: int, vocab_size: int, device: torch.devic
     return max(1, min(64, elements // (context_length * vocab_size)))
 
 
-def _windows(targets: int, context_length: int, stride: int) -> np.ndarray:
-    """`(windows, 2)`: the last target of each window, and how many of its last targets it scores."""
+def _windows(targets: int, context_length: int, stride: int, rank: int, world_size: int) -> np.ndarray:
+    """`(windows, 2)`: the last target of each window of `rank`, and how many of its last targets it scores.
+
+    Every process gets as many, the last of them scoring nothing where they do not come out even: a sharded model is run
+    by all its processes or none.
+    """
     first = min(context_length, targets)
     ends = np.append(np.arange(first, targets, stride), targets)
-    return np.stack([ends, np.diff(ends, prepend=0)], axis=1)
+    windows = np.stack([ends, np.diff(ends, prepend=0)], axis=1)
+    even = np.zeros((-len(windows) % world_size, 2), dtype=windows.dtype)
+    even[:, 0] = targets
+    return np.concatenate([windows, even])[rank::world_size]
 
 
 def _batches(
@@ -200,7 +207,7 @@ def _batches(
     """Inputs `(batch, time)`, and of the last columns that any window scores: targets, and the block each lies in."""
     for begin in range(0, len(windows), batch_size):
         part = windows[begin : begin + batch_size]
-        width = int(part[:, 1].max())
+        width = max(1, int(part[:, 1].max()))
         length = min(context_length, int(part[0, 0]))
         rows = np.stack([reader.read(int(end) - length, length + 1) for end, _ in part]).astype(np.int64)
         positions = part[:, :1] - np.arange(width - 1, -1, -1)

@@ -18,7 +18,8 @@ from config.load import config_from_dict
 from config.model import ModelConfig
 from config.schema import Config
 from model.archive import SealingFile, is_intact
-from model.checkpoint_folder import checkpoint_step, list_checkpoints
+from model.checkpoint_folder import STATE, checkpoint_step, list_checkpoints
+from model.sharding import Stored, fill_all
 from model.transformer import Transformer
 
 FORMAT = 1
@@ -109,12 +110,17 @@ class _Damaged(UserError):
 
 
 def _read(path: Path, map_location: torch.device | str = "cpu", checking: bool = True) -> dict[str, Any]:
-    if not path.is_file():
+    file = path / STATE if path.is_dir() else path
+    if not file.is_file():
         raise UserError(f"There is no checkpoint {path}. Train one with: python scripts/train.py")
     try:
-        if checking and not _is_intact(path):
+        if checking and not _is_intact(file):
             raise _Damaged(f"{path} is damaged: its checksum is not that of its content.")
-        state = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+        state = torch.load(file, map_location=map_location, weights_only=True, mmap=True)
+        if path.is_dir():
+            from model.sharded_checkpoint import open_folder
+
+            state = open_folder(state, path, checking)
     except PermissionError as error:
         raise UserError(f"May not read {path}: permission denied.") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
@@ -202,11 +208,11 @@ def load_weights(model: Transformer, state: dict[str, Any], path: Path) -> None:
     Raises `UserError` naming every setting in which the two models differ.
     """
     require_same_model(checkpoint_model_config(path, state), model.config, path)
-    weights: dict[str, Tensor] = state["model"]
+    weights: dict[str, Tensor | Stored] = state["model"]
     own = model.state_dict()
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in weights.items()}:
         raise UserError(f"{path} is damaged: its weights are not those that its own configuration describes.")
-    model.load_state_dict(weights)
+    fill_all((own[name], value) for name, value in weights.items())
 
 
 def require_same_model(saved: ModelConfig, wanted: ModelConfig, path: Path) -> None:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config.errors import UserError
-from config.files import write_text
+from config.files import remove_directory, write_text
 
 LATEST = "latest"
-_NAME = re.compile(r"model_step_(\d+)\.pt")
+STATE = "state.pt"  # in a checkpoint that is a folder
+_NAME = re.compile(r"model_step_(\d+)(\.pt)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +63,28 @@ def set_latest(path: Path) -> None:
     write_text(path.parent / LATEST, path.name + "\n")
 
 
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, a file or a folder."""
+    if path.is_dir():
+        remove_directory(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def prune(directory: Path, keep: Keep) -> None:
     """Delete the checkpoints in `directory` that `keep` does not name."""
     for step, path in list_checkpoints(directory)[: -keep.last]:
         if step != keep.best and (keep.every is None or step % keep.every):
-            path.unlink(missing_ok=True)
+            remove_checkpoint(path)
 
 
 def resolve_checkpoint(name: str | Path, directory: Path) -> Path:
-    """The file that a user means: "latest" (in `directory`), a folder (its latest), or the path of a file."""
+    """The checkpoint that a user means: "latest" (in `directory`), a folder of them (its latest), or its own path."""
     if str(name) == "latest":
         return latest_checkpoint(directory)
     path = Path(name)
     if path.is_dir():
-        return latest_checkpoint(path)
+        return path if (path / STATE).is_file() else latest_checkpoint(path)
     if not path.is_file():
         steps = [step for step, _ in list_checkpoints(path.parent)]
         there = f"Steps that exist there: {', '.join(map(str, steps))}." if steps else "Use latest, or train one first."

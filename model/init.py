@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from config.model import ModelConfig
+from model.sharding import fill
 
 
 class NoDefaultInit(TorchFunctionMode):
@@ -37,7 +38,8 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     Matrices are normal with deviation `init_std`; those that write to the residual stream are divided by
     sqrt(2 * n_layers) (Radford et al., 2019), or start at zero with `zero_init_projections`. Scales are one; biases,
     gates, the scales of the embedding that is added again, and the rows that pad the vocabulary are zero. The numbers
-    are drawn on the CPU, so every device gets the same ones.
+    are drawn on the CPU, so every device gets the same ones, and every process its part of them where the model is
+    sharded.
     """
     projection_std = 0.0 if config.zero_init_projections else config.init_std / math.sqrt(2 * config.n_layers)
     for name, parameter in model.named_parameters():
@@ -52,13 +54,16 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
         elif name == "position_embedding.weight":
             _fill_normal(parameter, config.init_std, name, seed)
         elif name in ("token_embedding.weight", "head.weight") or name.startswith("value_embeddings."):
-            _fill_normal(parameter, config.init_std, name, seed)
-            parameter[config.vocab_size :] = 0.0
+            _fill_normal(parameter, config.init_std, name, seed, rows=config.vocab_size)
         else:
             raise ValueError(f"no rule initialises the parameter {name}")
 
 
-def _fill_normal(parameter: nn.Parameter, std: float, name: str, seed: int) -> None:
+def _fill_normal(parameter: nn.Parameter, std: float, name: str, seed: int, rows: int | None = None) -> None:
+    """Normal numbers in the first `rows` rows, all by default, and zero in the others."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
-    parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
+    drawn = torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator)
+    if rows is not None:
+        drawn[rows:] = 0.0
+    fill(parameter, drawn)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import UserError
-from config.files import disk_errors, exclusive
+from config.files import disk_errors, exclusive, replace_directory
 from config.training import TrainingConfig
 from model.checkpoint import checkpoint_run_name, save_checkpoint
-from model.checkpoint_folder import LATEST, Keep, checkpoint_path, list_checkpoints, set_latest
+from model.checkpoint_folder import LATEST, STATE, Keep, checkpoint_path, list_checkpoints, set_latest
 from training.background import BackgroundWriter
 from training.writer import finish
 
@@ -85,9 +85,10 @@ class Checkpoints:
             self._ready = True
         self._hear(wait=False)
 
-    def save(self, state: dict[str, Any], final: bool) -> None:
+    def save(self, state: dict[str, Any], final: bool, parts: Path | None = None) -> None:
         """Save `state` as the checkpoint of its step, then delete those of this run that need not be kept.
 
+        `parts` is the folder where the sharded tensors of `state` are already: it becomes the checkpoint.
         The `final` one is on the disk when this returns; it raises `UserError` where the disk is full.
         """
         self._hear(wait=True)
@@ -99,8 +100,13 @@ class Checkpoints:
         training = self._training
         keep = Keep(training.keep_last, training.keep_every, best["step"] if best and training.keep_best else None)
         state = {**state, "run_name": self.run_name, "best": best}
-        if final or self._background is None:
-            save_checkpoint(path, state)
+        if final or parts is not None or self._background is None:
+            if parts is None:
+                save_checkpoint(path, state)
+            else:
+                path = path.with_suffix("")
+                save_checkpoint(parts / STATE, state)
+                replace_directory(parts, path)
             finish(path, keep)
             self.best, self.latest = best, path
         else:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from config.errors import UserError
 
@@ -24,24 +23,38 @@ LOST_CONTACT = ("closed by peer", "reset by peer", "Broken pipe")
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """This process among the `world_size` of the run. Numbers on the host travel by gloo, so no GPU is waited for."""
+    """This process among the `world_size` of the run. Numbers on the host travel by gloo, so no GPU is waited for.
+
+    `tensor` neighbours work on the same rows of data, each on its slice of the matrices: they count as one.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    tensor: int = 1
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Which share of the rows of a batch is this process's, of `data_size`."""
+        return self.rank // self.tensor
+
+    @property
+    def data_size(self) -> int:
+        """Into how many shares the rows of a batch are dealt."""
+        return self.world_size // self.tensor
+
     def total(self, number: int) -> int:
-        """The sum of `number` over all processes."""
+        """The sum of `number` over all shares of the data."""
         if self.world_size == 1:
             return number
         tensor = torch.tensor(number, dtype=torch.int64)
         dist.all_reduce(tensor)
-        return int(tensor)
+        return int(tensor) // self.tensor
 
     def largest(self, number: int) -> int:
         """The largest `number` of all processes."""
@@ -52,10 +65,10 @@ class Process:
         return int(tensor)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor on the device over all processes, in place."""
+        """Sum a floating-point tensor on the device over all shares of the data, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
-        return tensor
+        return tensor.div_(self.tensor) if self.tensor > 1 else tensor
 
     def fail_together(self, error: UserError | None) -> None:
         """Return if no process has an error; else the first that has raises its own, and the others end in silence."""
@@ -67,10 +80,11 @@ class Process:
 
 
 @contextmanager
-def open_process(device: str) -> Iterator[Process]:
+def open_process(device: str, tensor: int = 1) -> Iterator[Process]:
     """Join the group that torchrun's environment describes, if it does, and leave it at the end.
 
-    `device` is `auto`, `cpu`, `cuda` or `mps`. Raises `UserError` where the machine lacks it.
+    `tensor` neighbours slice the same matrices. `device` is `auto`, `cpu`, `cuda` or `mps`. Raises `UserError` where
+    the machine lacks it.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -83,7 +97,7 @@ def open_process(device: str) -> Iterator[Process]:
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Process(rank, world_size, chosen)
+        yield Process(rank, world_size, chosen, tensor)
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST_CONTACT):
             raise
@@ -107,18 +121,3 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             "own. Start fewer processes."
         )
     return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
-
-
-def parallelise(model: nn.Module, process: Process) -> nn.Module:
-    """Let `model`'s backward pass average the gradients over all processes."""
-    if process.world_size == 1:
-        return model
-    return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
-
-
-def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-    """The context of one micro-batch: only the last one of a step need exchange gradients."""
-    if enabled or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    context: AbstractContextManager[None] = model.no_sync()
-    return context

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -31,14 +32,17 @@ from model.transformer import Transformer
 from training import randomness
 from training.checkpointing import GOES_ON
 from training.console import Console, count, duration
-from training.distributed import Process, gradient_sync
+from training.distributed import Process
 from training.meter import Meter
 from training.optimizers import Optimizers
+from training.parallelism import aside, averaged_over, micro_batch
 from training.plan import Plan
 from training.precision import Precision
 from training.record import Record
 from training.schedules import piece_length, rate_factor
 from training.setup import Progress
+from training.sharded_saving import write_parts
+from training.shares import gradient_norm, take_gradients
 from training.signals import StopSignals
 
 LOST_AFTER = 30  # updates in a row without a finite gradient
@@ -87,8 +91,8 @@ class Loop:
             source,
             batch_size=plan.batch_size,
             seed=training.seed,
-            rank=process.rank,
-            world_size=process.world_size,
+            rank=process.data_rank,
+            world_size=process.data_size,
             cursor=plan.sequences_through(self.progress.step),
             sizes=plan.sizes_after(self.progress.step),
             prefetch_batches=self.config.data.loader.prefetch_batches,
@@ -111,7 +115,7 @@ class Loop:
                     self._sample(step)
                 if saving:
                     self._save(loader.cursor, loss, final=last)
-                elif self.record is not None:
+                elif self.record is not None and not plan.layout.shares_weights:
                     self.record.tend(partial(self._state, loader.cursor, None))
                 if stopped_by:
                     return stopped_by
@@ -132,18 +136,17 @@ class Loop:
             return
         self.optimizers.set_rate_factor(rate_factor(training.schedule, step, plan.steps))
         if self.config.model.dropout > 0:
-            randomness.seed_step(training.seed, step, process.rank)
+            randomness.seed_step(training.seed, step, process.data_rank)
 
         inputs, targets = (part.to(device, non_blocking=True) for part in batch)
         passes = len(inputs) // plan.micro_rows_of(len(inputs))
         micro_batches = list(zip(inputs.chunk(passes), targets.chunk(passes), strict=True))
         loss_sum = torch.zeros((), device=device)
         for number, (tokens, wanted) in enumerate(micro_batches, start=1):
-            with gradient_sync(self.forward, enabled=number == len(micro_batches)):
+            with micro_batch(self.forward, last=number == len(micro_batches)):
                 with self.precision.autocast():
                     loss: Tensor = self.forward(tokens.view(-1, length), wanted.view(-1, length))
-                # DistributedDataParallel averages over the processes, the sum over them is wanted.
-                scaled = self.precision.scaler.scale(loss * (process.world_size / valid))
+                scaled = self.precision.scaler.scale(loss * (averaged_over(self.forward) / valid))
                 scaled.backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
 
@@ -157,17 +160,18 @@ class Loop:
 
     def _clip(self) -> Tensor:
         """Scale the gradients down to `gradient_clip`; returns their norm before, a scalar on the device."""
+        take_gradients(self.optimizers.shares)
         for part in self.optimizers.parts.values():
             self.precision.scaler.unscale_(part)
         parameters = self.optimizers.parameters
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = gradient_norm(self.optimizers.shares)
         if self.config.training.gradient_clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, self.config.training.gradient_clip, norm)
         return norm
 
     def _validate(self) -> float:
-        with self.meter.aside(), randomness.undisturbed():
-            self.validation_loss = self.evaluate(self.model, self.process.rank, self.process.world_size).loss
+        with self.meter.aside(), randomness.undisturbed(), aside(self.model):
+            self.validation_loss = self.evaluate(self.model, self.process.data_rank, self.process.data_size).loss
             self.model.train()
         return self.validation_loss
 
@@ -208,23 +212,38 @@ class Loop:
                 self.record.tracker.draw()
 
     def _sample(self, step: int) -> None:
-        if self.record is None or self.sampler is None:
+        together = self.plan.layout.shares_weights
+        if self.sampler is None or (self.record is None and not together):
             return
-        with self.meter.aside(), randomness.undisturbed():
+        # A sharded model is run by all processes: each writes the same text. Its blocks are gathered for autocast.
+        autocast = self.precision.autocast() if together else nullcontext()
+        with self.meter.aside(), randomness.undisturbed(), aside(self.model), autocast:
             text = self.sampler(self.model)
             self.model.train()
+        if self.record is None:
+            return
         self.record.tracker.sample(step, text)
         self.console.say(f"step {step}/{self.plan.steps}  sample: {text}")
 
     def _save(self, cursor: int, validation_loss: float | None, final: bool) -> None:
-        error = None
-        if self.record is not None:
-            with self.meter.aside():
-                error = self.record.save(self._state(cursor, validation_loss), final)
+        with self.meter.aside():
+            error = self._write(cursor, validation_loss, final)
         if final:
             self.process.fail_together(error)
         elif error is not None:
             self.console.say(f"warning: {error} {GOES_ON}")
+
+    def _write(self, cursor: int, validation_loss: float | None, final: bool) -> UserError | None:
+        """Write a checkpoint: what is sharded all processes together, the rest the main one alone."""
+        parts = None
+        if self.plan.layout.shares_weights:
+            try:
+                state, parts = write_parts(self._state(cursor, validation_loss), self.config, self.process)
+            except UserError as error:
+                return error
+        elif self.record is not None:
+            state = self._state(cursor, validation_loss)
+        return None if self.record is None else self.record.save(state, final, parts)
 
     def _state(self, cursor: int, validation_loss: float | None) -> dict[str, Any]:
         return {

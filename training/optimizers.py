@@ -10,13 +10,18 @@ from torch import Tensor, nn
 from config.training import TrainingConfig
 from training.adamw import CautiousAdamW
 from training.muon import Muon
+from training.shares import Share, drop_gradients, part_state, shares_of, whole_state
 
 
 class Optimizers:
-    """The optimizers of a run, by name. Every group's rate is its own `initial_lr` times the schedule's factor."""
+    """The optimizers of a run, by name. Every group's rate is its own `initial_lr` times the schedule's factor.
 
-    def __init__(self, parts: dict[str, torch.optim.Optimizer]) -> None:
+    They move the parts in `shares`, which is all that is trained. Their state, as it is saved, is that of the wholes.
+    """
+
+    def __init__(self, parts: dict[str, torch.optim.Optimizer], shares: list[Share]) -> None:
         self.parts = parts
+        self.shares = shares
         for group in self._groups():
             group["initial_lr"] = group["lr"]
 
@@ -47,12 +52,11 @@ class Optimizers:
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        for part in self.parts.values():
-            part.zero_grad(set_to_none=True)
+        drop_gradients(self.shares)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every optimizer by name."""
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        """The state of every optimizer by name, what is sharded as `DTensor`s."""
+        return {name: whole_state(part, self.shares) for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over saved moments, but keep the groups given at construction: their settings may change on resume.
@@ -66,7 +70,7 @@ class Optimizers:
                 len(group["params"]) for group in saved["param_groups"]
             ):
                 raise ValueError(f"the saved {name} moved another number of parameters")
-            part.load_state_dict({"state": saved["state"], "param_groups": own})
+            part.load_state_dict({**part_state(part, saved, self.shares), "param_groups": own})
 
 
 def make_optimizers(model: nn.Module, training: TrainingConfig, compiled: bool = False) -> Optimizers:
@@ -75,7 +79,10 @@ def make_optimizers(model: nn.Module, training: TrainingConfig, compiled: bool =
     Weight decay falls on matrices only (embeddings and the head among them), never on norms and biases. AdamW runs
     PyTorch's fused kernel; with `compiled`, Muon's step is compiled.
     """
-    groups = sort_parameters(model, training.optimizer == "muon")
+    shares = shares_of(model)
+    part_of = {share.whole: share.part for share in shares}
+    sorted_parameters = sort_parameters(model, training.optimizer == "muon").items()
+    groups = {name: [part_of[parameter] for parameter in parameters] for name, parameters in sorted_parameters}
     muon = groups.pop("muon")
     parts: dict[str, torch.optim.Optimizer] = {}
     if muon:
@@ -110,7 +117,7 @@ def make_optimizers(model: nn.Module, training: TrainingConfig, compiled: bool =
     parts["adamw"] = kind(
         adamw_groups, lr=adamw.learning_rate, betas=(adamw.beta1, adamw.beta2), eps=adamw.eps, fused=True
     )
-    return Optimizers(parts)
+    return Optimizers(parts, shares)
 
 
 def sort_parameters(model: nn.Module, with_muon: bool) -> dict[str, list[nn.Parameter]]:

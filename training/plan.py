@@ -11,6 +11,7 @@ from config.model import ModelConfig
 from config.schema import Config
 from config.section import divisors
 from config.training import BatchWarmupConfig, TrainingConfig
+from training.layout import Layout, make_layout
 from training.schedules import batch_rows, sequences_through
 
 
@@ -18,6 +19,7 @@ from training.schedules import batch_rows, sequences_through
 class Plan:
     """`rows` are the sequences of one process in a step, seen in equal forward passes of at most `micro_rows`."""
 
+    layout: Layout
     steps: int
     batch_size: int
     batch_warmup: BatchWarmupConfig
@@ -59,14 +61,17 @@ def make_plan(config: Config, samples: int, world_size: int) -> Plan:
     smaller size that does is taken, so that every forward pass has the same shape.
     """
     training = config.training
-    sizes = {"batch_size": training.batch_size, "batch_warmup.sequences": training.batch_warmup.sequences or world_size}
+    layout = make_layout(config, world_size)
+    shares = layout.data_size
+    if layout.tensor > 1 or (layout.shares_weights and training.optimizer == "muon"):
+        raise UserError("Sharded training takes training.optimizer=adamw and training.tensor_parallel=1.")
+    sizes = {"batch_size": training.batch_size, "batch_warmup.sequences": training.batch_warmup.sequences or shares}
     for key, size in sizes.items():
-        if size % world_size:
+        if size % shares:
             raise UserError(
-                f"training.{key}={size} cannot be dealt evenly to {world_size} processes; "
-                f"choose a multiple of {world_size}."
+                f"training.{key}={size} cannot be dealt evenly to {shares} processes; choose a multiple of {shares}."
             )
-    rows = training.batch_size // world_size
+    rows = training.batch_size // shares
     steps = training.max_steps
     if steps is None:
         assert training.epochs is not None
@@ -74,6 +79,7 @@ def make_plan(config: Config, samples: int, world_size: int) -> Plan:
         missing -= sequences_through(training.batch_warmup, training.batch_warmup.steps, training.batch_size)
         steps = max(1, round((training.epochs * samples + missing) / training.batch_size))
     return Plan(
+        layout=layout,
         steps=steps,
         batch_size=training.batch_size,
         batch_warmup=training.batch_warmup,

@@ -23,10 +23,10 @@ class Record:
         self.checkpoints.set_aside_others(step)
         self.tracker = Tracker(directory, config, console.say, step, state.get("wandb_id"))
 
-    def save(self, state: dict[str, Any], final: bool) -> UserError | None:
+    def save(self, state: dict[str, Any], final: bool, parts: Path | None = None) -> UserError | None:
         """Save a checkpoint; returns what kept it from being written, such as a full disk, if that is known already."""
         try:
-            self.checkpoints.save(self._complete(state), final)
+            self.checkpoints.save(self._complete(state), final, parts)
         except UserError as error:
             return error
         return None

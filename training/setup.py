@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,13 @@ class Progress:
         }
 
 
-def new_model(config: Config, device: torch.device) -> Transformer:
-    """A model on `device` with the initial weights of `training.seed`."""
+def new_model(
+    config: Config, device: torch.device, deal: Callable[[Transformer], None] = lambda model: None
+) -> Transformer:
+    """A model on `device` with the initial weights of `training.seed`; `deal` may shard it before it takes memory."""
     with torch.device("meta"):
         model = Transformer(config.model)
+    deal(model)
     model.to_empty(device=device)
     model.init_weights(config.training.seed)
     return model

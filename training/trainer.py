@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from model.checkpoint import load_checkpoint
 from model.transformer import Transformer
 from training import randomness
 from training.console import Console, count
-from training.distributed import Process, open_process, parallelise
+from training.distributed import Process, open_process
 from training.environment import keep_freed_memory
 from training.loop import Evaluate, Loop, Sample
 from training.meter import Meter
 from training.optimizers import make_optimizers
+from training.parallelism import deal, parallelise
 from training.plan import Plan, make_plan
 from training.precision import Precision
 from training.record import Record
 from training.resume import require_same_data, require_same_tokenizer
-from training.setup import Progress, compiled, load_state, new_model, run_name, should_compile, with_run_name
+from training.setup import Progress, load_state, new_model, run_name, should_compile, with_run_name
 from training.signals import catch_signals
 from training.throughput import measure_peak_flops
 
@@ -63,14 +65,18 @@ def train(
     """
     training = config.training
     keep_freed_memory()
-    with open_process(training.device) as process, catch_signals() as signals:
+    with open_process(training.device, training.tensor_parallel) as process, catch_signals() as signals:
         plan = make_plan(config, len(source), process.world_size)
         precision = Precision(training.precision, process.device)
         compiling = should_compile(training, process.device)
         peak_flops = measure_peak_flops(process.device, precision.dtype)
         randomness.seed_all(training.seed)
 
-        model = new_model(config, process.device) if model is None else model.to(process.device)
+        spread = partial(deal, layout=plan.layout, process=process, precision=precision)
+        if model is None:
+            model = new_model(config, process.device, spread)
+        else:
+            spread(model.to(process.device))
         model.set_gradient_checkpointing(training.gradient_checkpointing)
         model.z_loss = training.z_loss
         optimizers = make_optimizers(model, training, compiled=compiling and process.device.type == "cuda")
@@ -97,7 +103,7 @@ def train(
             process=process,
             precision=precision,
             model=model,
-            forward=parallelise(compiled(model) if compiling else model, process),
+            forward=parallelise(model, plan.layout, compiling),
             optimizers=optimizers,
             progress=progress,
             meter=Meter(process, peak_flops),

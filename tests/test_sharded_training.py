@@ -1,0 +1,121 @@
+"""Weights dealt to several processes, over gloo on the CPU: the same training as on one device."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from config.errors import UserError
+from model.checkpoint import load_model
+from model.checkpoint_folder import latest_checkpoint
+from tests.small_runs import SMALL, command, curve, small_config, write_corpus
+from tests.test_distributed import MASKED_RUN, TWO, run_python
+from training.layout import Layout, make_layout
+
+SETTINGS = [*SMALL, "training.checkpoint_interval=3", "training.optimizer=adamw"]
+
+INITIAL_WEIGHTS = """
+import torch
+from functools import partial
+from tests.small_runs import new_transformer, small_config
+from training.distributed import open_process
+from training.layout import make_layout
+from training.parallelism import deal
+from training.precision import Precision
+from training.setup import new_model
+
+config = small_config("training.parallelism=hsdp", "training.shard_group=3")
+with open_process("cpu") as process:
+    layout = make_layout(config, process.world_size)
+    spread = partial(deal, layout=layout, process=process, precision=Precision("fp32", process.device))
+    model = new_model(config, process.device, spread)
+    whole = new_transformer().state_dict()
+    held = sum(parameter.to_local().numel() for parameter in model.parameters())
+    assert held < 0.4 * sum(value.numel() for value in whole.values())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.full_tensor(), whole[name]), name
+"""
+
+
+class TestLayout:
+    def test_deals_processes_to_copies_and_shards(self) -> None:
+        assert make_layout(small_config(), 8) == Layout(replicate=8)
+        assert make_layout(small_config("training.parallelism=fsdp"), 8) == Layout(shard=8)
+        hybrid = small_config("training.parallelism=hsdp", "training.shard_group=2")
+        assert make_layout(hybrid, 8) == Layout(replicate=4, shard=2)
+        assert make_layout(hybrid, 1) == Layout()
+
+    def test_a_group_is_a_machine_by_default(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        assert make_layout(small_config("training.parallelism=hsdp"), 8) == Layout(replicate=2, shard=4)
+
+    def test_a_group_that_does_not_divide(self) -> None:
+        with pytest.raises(UserError, match="shard_group=3 does not divide the 8 shares"):
+            make_layout(small_config("training.parallelism=hsdp", "training.shard_group=3"), 8)
+
+
+@pytest.mark.slow
+class TestSharded:
+    def test_begins_with_the_weights_of_one_device(self, tmp_path: Path) -> None:
+        """Uneven shards, some of them empty."""
+        run_processes(tmp_path, 3, INITIAL_WEIGHTS)
+
+    @pytest.mark.parametrize(
+        ("processes", "settings"),
+        [
+            (2, ["training.parallelism=fsdp", "training.micro_batch_size=2"]),
+            (4, ["training.parallelism=hsdp", "training.shard_group=2", "training.micro_batch_size=1"]),
+        ],
+    )
+    def test_learns_what_one_device_does(self, tmp_path: Path, processes: int, settings: list[str]) -> None:
+        """Promises 3 and 4: accumulation, and counts of valid tokens that differ between processes."""
+        run_processes(
+            tmp_path, 1, MASKED_RUN, "training.checkpoint_dir=one", "training.run_name=one", "training.max_steps=10"
+        )
+        own = ["training.checkpoint_dir=many", "training.run_name=many", "training.max_steps=10"]
+        run_processes(tmp_path, processes, MASKED_RUN, *own, *settings)
+        assert_same_run(tmp_path, "one", "many")
+
+    def test_checkpoints_go_from_many_to_one_and_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A folder is taken wherever a file is, and the other way round; the curve stays that of one device."""
+        monkeypatch.chdir(tmp_path)
+        write_corpus(tmp_path)
+        sharded = [*TWO, "training.parallelism=fsdp", "training.micro_batch_size=2"]
+        settings = [*SETTINGS, "training.schedule.name=constant", "training.run_name=run"]
+        command(tmp_path, "train", *settings, "training.max_steps=9", "training.checkpoint_dir=whole")
+        Path("runs/run").rename("runs/whole")
+        parts = ["training.checkpoint_dir=run", "training.max_steps=3", "training.sample_interval=3"]
+        command(tmp_path, "distributed_train", *sharded, *settings, *parts)
+        assert [path.name for path in Path("run").iterdir() if "model" in path.name] == ["model_step_3"]
+        (sample,) = Path("runs/run/samples.jsonl").read_text().splitlines()
+        assert len(json.loads(sample)["text"]) > 10
+
+        shown = command(tmp_path, "eval", "--checkpoint", "run/model_step_3", "--json").stdout
+        assert json.loads(shown)["loss"] < math.log(256)
+        command(tmp_path, "train", "--resume", "run/model_step_3", "training.max_steps=6")
+        assert Path("run/model_step_6.pt").is_file()
+        command(tmp_path, "distributed_train", *sharded, "--resume", "run", "training.max_steps=9")
+        assert latest_checkpoint(Path("run")).is_dir()
+        assert_same_run(tmp_path, "whole", "run")
+
+
+def run_processes(folder: Path, processes: int, program: str, *arguments: str) -> None:
+    """Run `program` in `folder` as so many processes."""
+    script = folder / "program.py"
+    script.write_text(program)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    run_python(folder, *(launcher if processes > 1 else []), str(script), *arguments)
+
+
+def assert_same_run(folder: Path, one: str, other: str, rtol: float = 1e-4, atol: float = 2e-5) -> None:
+    """Two runs with checkpoints of these names ended in the same weights, and lost the same on the way."""
+    weights = [load_model(latest_checkpoint(folder / name))[0].state_dict() for name in (other, one)]
+    torch.testing.assert_close(*weights, rtol=rtol, atol=atol)
+    curves: list[list[tuple[Any, ...]]] = [curve(folder / "runs" / name) for name in (other, one)]
+    for row, wanted in zip(*curves, strict=True):
+        assert [value or 0 for value in row] == pytest.approx([value or 0 for value in wanted], rel=1e-4)

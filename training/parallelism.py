@@ -1,0 +1,70 @@
+"""From a model on paper to one that all processes train: dealt out, compiled, its gradients summed over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.transformer import Transformer
+from training.distributed import Process
+from training.layout import Layout
+from training.precision import Precision
+from training.setup import compiled
+
+
+def deal(model: Transformer, layout: Layout, process: Process, precision: Precision) -> None:
+    """Shard `model` in place where `layout` says so; on the meta device it is then still to be materialised."""
+    if layout.shares_weights:
+        from training.sharding import make_mesh, shard
+
+        shard(model, make_mesh(layout, process.device), precision)
+
+
+def parallelise(model: Transformer, layout: Layout, compiling: bool) -> nn.Module:
+    """What to call for a forward pass whose backward pass leaves the gradients of the whole batch.
+
+    With `compiling` it is one graph, or, where the model is sharded, one for each block.
+    """
+    if layout.shares_weights:
+        if compiling:
+            for block in model.blocks:
+                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        return model
+    forward = compiled(model) if compiling else model
+    if layout.data_size == 1:
+        return forward
+    return DistributedDataParallel(forward, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def averaged_over(forward: nn.Module) -> int:
+    """By how much the summed gradients are divided: DistributedDataParallel averages over the processes."""
+    return forward.process_group.size() if isinstance(forward, DistributedDataParallel) else 1
+
+
+@contextmanager
+def micro_batch(forward: nn.Module, last: bool) -> Iterator[None]:
+    """The context of one micro-batch: only the last one of a step need exchange gradients."""
+    if isinstance(forward, DistributedDataParallel):
+        if not last:
+            with forward.no_sync():
+                yield
+            return
+    elif hasattr(forward, "set_requires_gradient_sync"):
+        from training.sharding import set_last_micro_batch
+
+        set_last_micro_batch(forward, last)
+    yield
+
+
+@contextmanager
+def aside(model: nn.Module) -> Iterator[None]:
+    """Forward passes inside have no backward pass; what they leave gathered of a sharded model is freed."""
+    yield
+    if hasattr(model, "reshard"):
+        from training.sharding import drop_gathered
+
+        drop_gathered(model)
