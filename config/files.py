@@ -14,6 +14,9 @@ from typing import IO, Any, cast
 from config.errors import UserError
 
 UNFINISHED = ".unfinished"
+S3, GS, AZURE = ("s3fs", "-e '.[s3]'"), ("gcsfs", "-e '.[gs]'"), ("adlfs", "adlfs")
+PACKAGES = {"s3": S3, "s3a": S3, "gs": GS, "gcs": GS, "abfs": AZURE, "az": AZURE}
+"""What addresses of a storage need, and how it is installed."""
 
 
 def location(address: str) -> Path:
@@ -29,9 +32,19 @@ def location(address: str) -> Path:
     try:
         path = UPath(address, use_listings_cache=False)
         path.fs  # loads what the protocol needs
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{address} cannot be used: {error}. For s3:// addresses: pip install -e '.[s3]'") from error
+    except ImportError as error:
+        raise missing_package(address, error) from error
+    except ValueError as error:
+        raise UserError(f"{address} cannot be used: {error}.") from error
     return cast(Path, path)
+
+
+def missing_package(address: str, error: ImportError) -> UserError:
+    """What to tell a user whose address is of a storage that the packages that are installed do not know."""
+    scheme = address.partition("://")[0]
+    package, argument = PACKAGES.get(scheme, ("", ""))
+    hint = f"the package {package}. Type: pip install {argument}" if package else str(error)
+    return UserError(f"{scheme}:// addresses need {hint}")
 
 
 def local(address: str, setting: str) -> Path:

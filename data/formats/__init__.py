@@ -11,12 +11,12 @@ from data.pipeline.markup import is_page
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 PROSE = (".txt", ".md")
-ARCHIVES = tuple(base + packed for base in (".warc", ".warc.wet") for packed in ("", *COMPRESSIONS))
-SUFFIXES = tuple(
-    [".parquet", ".json.gz", ".json.zst", *ARCHIVES]
-    + [base + packed for base in (*PROSE, ".jsonl", ".csv", ".xml") for packed in ("", *COMPRESSIONS)]
-)
+PACKABLE = (".warc", ".warc.wet", *PROSE, ".jsonl", ".csv", ".xml")
+ALONE = (".parquet", ".json.gz", ".json.zst")
+SUFFIXES = (*ALONE, *[base + packed for base in PACKABLE for packed in ("", *COMPRESSIONS)])
 """Names that a readable file may end in."""
+READABLE = f"{', '.join(ALONE)}, and {' '.join(PACKABLE)}, each also as {' '.join(COMPRESSIONS)}"
+"""The same in words."""
 SPLITTABLE = (".parquet", ".xml.bz2")
 """Suffixes of files of which a part is read without what stands before it."""
 DOCUMENT_BYTES = 1_000_000
@@ -68,7 +68,7 @@ def read_rows(
         from data.formats.mediawiki import read_dump
 
         return islice(read_dump(file, path, wanted, cut), limit)
-    if suffix in ARCHIVES:
+    if suffix.startswith(".warc"):
         from data.formats.warc import read_warc
 
         return read_warc(file, path, wanted, limit)
@@ -99,7 +99,7 @@ def count_rows(
         from data.formats.mediawiki import count_articles
 
         return count_articles(file, path.lower(), cut)
-    if suffix in ARCHIVES:
+    if suffix.startswith(".warc"):
         from data.formats.warc import count_pages
 
         return count_pages(file, path.lower(), cut)

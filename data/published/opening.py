@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from config.errors import UserError
+from config.files import missing_package
 from data.transport.clients import client_for, hub_endpoint
 from data.transport.remote import LIST_ANEW, RemoteStream
 from data.transport.slots import CONNECTIONS
 
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 MARKS = ("ETag", "etag", "checksum", "md5Hash", "blob_id", "LastModified", "updated", "mtime")
 """Where the file systems keep what changes with a file, the more telling ones first."""
 READ_AHEAD = 8 << 20
@@ -53,9 +53,7 @@ def file_system(url: str) -> tuple[Any, str]:
     try:
         system = fsspec.filesystem(scheme, **options)
     except ImportError as error:
-        package = PACKAGES.get(scheme)
-        hint = f"the package {package}. Type: pip install {package}" if package else str(error)
-        raise UserError(f"{scheme}:// addresses need {hint}") from error
+        raise missing_package(url, error) from error
     except ValueError as error:
         raise UserError(f"{url}: {scheme}:// is no kind of address that can be read.") from error
     return system, str(Path(url).absolute()) if "://" not in url else url

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from config.errors import UserError
 from config.sources import FilesSourceConfig
-from data.formats import SUFFIXES, suffix_of
+from data.formats import READABLE, suffix_of
 from data.manifest import MANIFEST
 from data.published.listing import ListedFile
 from data.published.opening import describe, file_system, is_local, unreachable
@@ -59,7 +59,7 @@ def _matches(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_file():
         if suffix_of(path.name) is None:
-            raise UserError(f"{pattern} is of no format that can be read. Those are: {', '.join(SUFFIXES)}.")
+            raise UserError(f"{pattern} is of no format that can be read. Those are: {READABLE}.")
         return [path]
     names = glob.glob(os.path.join(glob.escape(str(path)), "**") if path.is_dir() else str(path), recursive=True)
     files = [Path(name) for name in names if suffix_of(name) is not None and os.path.isfile(name) and not _ours(name)]
@@ -84,6 +84,8 @@ def _elsewhere(pattern: str) -> list[ListedFile]:
             names = [path]
         else:
             names = system.glob(path) if glob.has_magic(path) else system.find(path)
+            if not names:
+                raise UserError(f"{pattern} matches no file. Check the address and your access.")
             names = [name for name in names if suffix_of(name) and not posixpath.basename(name).startswith(".")]
         files = []
         for name in names:
@@ -99,4 +101,4 @@ def _elsewhere(pattern: str) -> list[ListedFile]:
 
 
 def _none_readable(pattern: str) -> UserError:
-    return UserError(f"{pattern} matches no file that can be read. Formats: {', '.join(SUFFIXES)}.")
+    return UserError(f"{pattern} matches no file that can be read. Those are: {READABLE}.")

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from config.errors import UserError
 from config.sources import UrlsSourceConfig
-from data.formats import SUFFIXES, suffix_of
+from data.formats import READABLE, suffix_of
 from data.manifest import RawManifest
 from data.published.bring import bring
 from data.published.limits import known_all
@@ -50,7 +50,7 @@ def _listed(name: str, url: str) -> ListedFile:
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UserError(f"Source {name!r}: {url} is no http(s) address. For other kinds of addresses take kind: files.")
     if suffix_of(file) is None:
-        raise UserError(f"{url} is of no format that can be read. Those are: {', '.join(SUFFIXES)}.")
+        raise UserError(f"{url} is of no format that can be read. Those are: {READABLE}.")
     found = re.fullmatch(r"(sha256|sha1|md5)=([0-9a-fA-F]+)", fragment)
     return ListedFile(file, address, checksum=(found[1], found[2].lower()) if found else None)
 
