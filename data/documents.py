@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -146,6 +146,14 @@ def _published(source: str, path: str, row: Row | Fault) -> Document | BadRecord
     if isinstance(row, Fault):
         return bad_record(source, location, row)
     return Document(document_id(source, location), row.text, source, {**row.columns, "file": path, "row": row.number})
+
+
+def no_text(source: str, column: str, columns: Iterable[str]) -> UserError:
+    """What to tell the user where no row has text in the column that is read; `columns` are those that are there."""
+    return UserError(
+        f"Source {source!r} has no text in a column {column!r}. Its columns are: {', '.join(columns)}. "
+        f"Set data.sources.{source}.text_column to one of them."
+    )
 
 
 def bad_record(source: str, location: str, fault: Fault) -> BadRecord:

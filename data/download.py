@@ -17,6 +17,8 @@ from config.files import disk_errors, exclusive, local, location, recover_direct
 from config.schema import DataConfig
 from config.sources import SourceConfig
 from data.manifest import MANIFEST, QUARANTINE, RawManifest, damaged_files, load_raw_manifest
+from data.published.bring import check_column
+from data.published.listing import ListedFile
 from data.quarantine import describe
 from data.sources import Job, source_of
 
@@ -54,6 +56,9 @@ def download_source(name: str, data: DataConfig, *, job: Job, force: bool = Fals
         if present is not None and not force and _is_asked_for(present, config, job):
             state = source.revision(name, config)
             if state is None or state == present.revision:
+                if present.layout == "published" and not present.streamed:
+                    files = [ListedFile(file.path, str(folder / file.path)) for file in present.files]
+                    check_column(name, config, files)
                 return Downloaded(folder, present, fetched=False)
         if present is not None and job.streaming and not present.streamed and not force:
             raise UserError(

@@ -442,7 +442,9 @@ class TestHub:
         assert download(hub_config()).manifest.documents == 400
 
     def test_a_wrong_text_column_is_found_before_anything_is_fetched(self, hub: HubServer) -> None:
-        with pytest.raises(UserError, match=r"no column 'story'.*id, text.*data\.sources\.tinystories\.text_column"):
+        with pytest.raises(
+            UserError, match=r"no text in a column 'story'.*id, text.*data\.sources\.tinystories\.text_column"
+        ):
             download(hub_config(text_column="story"))
         assert not any(request.status == 200 for request in hub.bodies(".parquet"))
 
@@ -458,10 +460,13 @@ class TestHub:
         body = parquet(stories(20)) if suffix == "parquet" else b'{"id": 7, "text": "a mill"}\n' * 20
         hub.repos["owner/file"] = Repo({"main": {f"train.{suffix}": body}}, large=lambda path: True)
         with pytest.raises(
-            UserError, match="has no text in the column 'id'. Its columns are: id, text. Set data.sources"
+            UserError, match="has no text in a column 'id'. Its columns are: id, text. Set data.sources"
         ):
             download(hub_config("owner/file", text_column="id"))
         assert not any(request.status == 200 for request in hub.bodies(f".{suffix}"))
+        download(hub_config("owner/file"))
+        with pytest.raises(UserError, match="has no text in a column 'id'"):
+            download(hub_config("owner/file", text_column="id"))
 
     def test_max_documents_takes_only_the_files_it_needs(self, hub: HubServer) -> None:
         config = hub_config(max_documents=120)

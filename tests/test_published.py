@@ -430,6 +430,14 @@ class TestKeep:
         with pytest.raises(UserError, match="data.sources.web.keep leaves out all of its 20 rows"):
             preprocess(config.data, force=False, show=lambda stage, done, total: None)
 
+    def test_a_text_column_that_is_not_there_is_told_by_the_tokenizer_too(self, server: HubServer) -> None:
+        addresses = publish(server, a__jsonl=jsonl(records(20)))
+        download(config_of(web=urls(addresses)))
+        with pytest.raises(
+            UserError, match="'web' has no text in a column 'body'. Its columns are: text, meta. Set data"
+        ):
+            build(config_of(web=urls(addresses, text_column="body")), lambda done, total: None)
+
     def test_keep_without_a_column(self) -> None:
         with pytest.raises(UserError, match="data.sources.web.keep: needs keep_column"):
             config_of(web=urls([], keep=["ArXiv"]))

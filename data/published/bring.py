@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from config.errors import UserError
 from config.files import atomic_write
 from config.sources import CONVERSATIONS
+from data.documents import no_text
 from data.formats import DOCUMENT_BYTES, read_rows, suffix_of
 from data.formats.rows import Fault, Row
 from data.manifest import RawFile, RawManifest, file_sha256
@@ -24,9 +25,10 @@ from data.published.reuse import Earlier
 from data.transport.notes import Fetched, RemoteFile
 from data.transport.parallel import fetch_files
 from data.transport.retry import FetchError
+from data.transport.slots import CONNECTIONS
 
 if TYPE_CHECKING:
-    from config.sources import PublishedSection
+    from config.sources import PublishedSection, SourceSection
     from data.sources import Job
 
 LOOK_ROWS = 100
@@ -78,27 +80,23 @@ def bring(
     )
 
 
-def check_column(name: str, config: PublishedSection, files: Sequence[ListedFile], connections: int) -> None:
+def check_column(name: str, config: SourceSection, files: Sequence[ListedFile], connections: int = CONNECTIONS) -> None:
     """Look at the first rows before fetching it all, and name the columns if none of these rows has the text column."""
     column = getattr(config, "text_column", None)
     if column is None or not files or (suffix_of(files[0].path) or "").startswith((".txt", ".md")):
         return
     file = files[0]
     columns: dict[str, None] = {}
-    no_text = False
+    other_kind = False
     with open_published(file.url, file.size, file.etag, connections) as content:
         for row in islice(read_rows(content, file.path, column, limit=LOOK_ROWS), LOOK_ROWS):
             other = isinstance(row, Fault) and row.reason == "text-not-a-string"
             if isinstance(row, Row) or row.reason in A_TEXT or other and column == CONVERSATIONS:
                 return
-            no_text = no_text or other
+            other_kind = other_kind or other
             columns.update(dict.fromkeys(row.columns))
-    if columns and (no_text or column not in columns):
-        fault = "no text in the" if column in columns else "no"
-        raise UserError(
-            f"Source {name!r} has {fault} column {column!r}. Its columns are: {', '.join(columns)}. "
-            f"Set data.sources.{name}.text_column to one of them."
-        )
+    if columns and (other_kind or column not in columns):
+        raise no_text(name, column, columns)
 
 
 class _Work:

@@ -6,6 +6,7 @@ bytes are of the file. Which rows these are depends on the listing and the limit
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -44,18 +45,22 @@ def choose(files: Sequence[ListedFile], limit: int | None, connections: int = CO
         left -= file.size
 
 
-def known(file: ListedFile, connections: int) -> ListedFile:
+def known(file: ListedFile, connections: int, stop: threading.Event | None = None) -> ListedFile:
     """The file with its size and ETag, asked for where they are missing and the server tells them."""
     if file.size is not None or not file.url.startswith(("http://", "https://")):
         return file
-    size, etag = probe(client_for(file.url), file.url, connections)
+    size, etag = probe(client_for(file.url), file.url, connections, stop)
     return replace(file, size=size, etag=etag)
 
 
 def known_all(files: Sequence[ListedFile], connections: int) -> list[ListedFile]:
     """`known` for many files, so many at a time."""
+    stop = threading.Event()
     with ThreadPoolExecutor(connections) as threads:
-        return list(threads.map(lambda file: known(file, connections), files))
+        try:
+            return list(threads.map(lambda file: known(file, connections, stop), files))
+        finally:
+            stop.set()  # so that Ctrl-C need not wait for threads that wait for a connection
 
 
 def cut_short(chosen: Sequence[Chosen], files: Sequence[ListedFile]) -> bool:

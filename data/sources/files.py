@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from config.errors import UserError
 from config.sources import FilesSourceConfig
-from data.documents import bad_record, row_options
+from data.documents import bad_record, no_text, row_options
 from data.formats import read_rows
 from data.formats.rows import Fault, Row
 from data.manifest import RawManifest
@@ -73,11 +73,7 @@ def download(name: str, config: FilesSourceConfig, folder: Path, job: Job) -> Ra
     full = config.max_documents is not None and rows >= config.max_documents
     if not writer.documents and +missing:
         columns = max(missing, key=missing.__getitem__)
-        raise UserError(
-            f"Source {name!r}: no row has text in a column {config.text_column!r}. The columns are: "
-            f"{', '.join(columns)}. "
-            f"Set data.sources.{name}.text_column to one of them."
-        )
+        raise no_text(name, config.text_column, columns)
     bad = writer.quarantine
     check_bad_fraction(name, writer.documents, bad.counts, bad.first, job.max_bad_fraction, bad.path)
     return RawManifest(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config.files import location
-from data.documents import Document, read_documents
+from data.documents import Document, no_text, read_documents
 from data.download import raw_manifest
 from data.formats import SPLITTABLE
 from data.manifest import RawManifest
@@ -70,6 +70,7 @@ def training_texts(corpus: Corpus, data: DataConfig, advance: Callable[[Corpus],
     def texts(name: str) -> Iterator[str]:
         share = data.tokenizer.max_training_bytes // len(data.use)
         parts = _parts(corpus.manifests[name], share)
+        found, columns = False, tuple[str, ...]()
         for part in range(parts):
             folder = location(data.raw_dir) / name
             for document in read_documents(
@@ -77,13 +78,17 @@ def training_texts(corpus: Corpus, data: DataConfig, advance: Callable[[Corpus],
             ):
                 if not isinstance(document, Document):
                     corpus.unreadable += document.count
+                    columns = columns or document.columns
                     continue
+                found = True
                 if corpus.keep(document):
                     continue
                 corpus.documents += 1
                 corpus.bytes += len(document.text.encode())
                 advance(corpus)
                 yield document.text
+        if columns and not found:
+            raise no_text(name, getattr(data.sources[name], "text_column"), columns)
 
     return interleave([texts(name) for name in data.use])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import httpx
 
 from data.transport.packing import LOOK, own_content, packing_of
@@ -9,7 +11,9 @@ from data.transport.retry import FEW_TRIES, ask_again, check_status, network, st
 from data.transport.slots import connection
 
 
-def probe(client: httpx.Client, url: str, connections: int, first_wait: float = 1.0) -> tuple[int | None, str | None]:
+def probe(
+    client: httpx.Client, url: str, connections: int, stop: threading.Event | None = None, first_wait: float = 1.0
+) -> tuple[int | None, str | None]:
     """Size in bytes and strong ETag of the file at `url`, each None where the server does not tell.
 
     The first byte is asked for, since some servers answer nothing but GET. Raises `FetchError`.
@@ -19,7 +23,7 @@ def probe(client: httpx.Client, url: str, connections: int, first_wait: float = 
         headers = {"Accept-Encoding": "identity", "Range": f"bytes=0-{last}"}
         with (
             network(),
-            connection(url, connections),
+            connection(url, connections, stop),
             client.stream("GET", url, headers=headers) as response,
         ):
             if response.status_code != 416:

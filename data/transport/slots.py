@@ -62,7 +62,7 @@ def _free_slot(url: str, most: int, stop: threading.Event, waiting: Callable[[st
                 return slot
         if not told and time.monotonic() - began > SECONDS_BEFORE_WORD:
             told = True
-            waiting(f"all {most} connections to {parts.hostname} are in use on this machine, waiting")
+            waiting(f"{most} of {most} connections to {parts.hostname} are in use on this machine, waiting")
         if stop.wait(pause * random.uniform(0.5, 1.0)):
             raise Stopped
         pause = min(2 * pause, LONGEST_PAUSE)
