@@ -25,7 +25,7 @@ from config.files import disk_errors, try_lock
 
 CONNECTIONS = 4
 """Requests at a time to a host of which nothing else is said."""
-LONGEST_PAUSE = 0.2
+LONGEST_PAUSE = 0.05
 SECONDS_BEFORE_WORD = 10.0
 
 
