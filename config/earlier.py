@@ -17,6 +17,12 @@ BEFORE: dict[str, Any] = {
     },
     "training": {
         "z_loss": 0.0,
+        "documents": "attend_across",
+    },
+    "data": {
+        "loader": {
+            "packing": "contiguous",
+        },
     },
 }
 

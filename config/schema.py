@@ -85,6 +85,7 @@ class LoaderConfig(Section):
     """How batches reach the training loop."""
 
     prefetch_batches: PositiveInt
+    packing: Literal["contiguous", "best_fit"]
 
 
 class FinetuningConfig(Section):

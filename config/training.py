@@ -89,6 +89,7 @@ class TrainingConfig(Section):
     batch_warmup: BatchWarmupConfig
     sequence_length: PositiveInt | None
     short_sequences: ShortSequencesConfig
+    documents: Literal["attend_across", "masked"]
     gradient_checkpointing: Literal["none", "selective", "full"]
     optimizer: Literal["adamw", "muon"]
     adamw: AdamWConfig

@@ -26,11 +26,31 @@ IGNORED = -100  # the target that carries no loss
 ORDER_SAMPLES = 4096  # indices computed at once, since a call of the permutation costs as much for one
 
 
+# Inputs and targets of one sample, and perhaps the documents they belong to; see `SampleSource.sample`.
+Sample = tuple[NDArray[Any], NDArray[Any]] | tuple[NDArray[Any], NDArray[Any], NDArray[np.int32]]
+
+
 class Batch(NamedTuple):
-    """One step's share of a device: `inputs` and `targets` are (rows, time) int64; a target of -100 is not trained."""
+    """One step's share of a device: `inputs` and `targets` are (rows, time) int64; a target of -100 is not trained.
+
+    `documents` is (rows, time) int32: the number of the document that each input belongs to, one run per document. It
+    is None where the source does not tell.
+    """
 
     inputs: torch.Tensor
     targets: torch.Tensor
+    documents: torch.Tensor | None = None
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory."""
+        documents = None if self.documents is None else self.documents.pin_memory()
+        return Batch(self.inputs.pin_memory(), self.targets.pin_memory(), documents)
+
+    def micro_batches(self, number: int, length: int, device: torch.device) -> list[Batch]:
+        """On `device`, its rows dealt to `number` equal batches in turn, each row cut into rows of `length` tokens."""
+        parts = [[None] * number if part is None else part.to(device, non_blocking=True).chunk(number) for part in self]
+        cut = [[None if each is None else each.view(-1, length) for each in part] for part in parts]
+        return [Batch(*members) for members in zip(*cut, strict=True)]
 
 
 class SampleSource(Protocol):
@@ -39,20 +59,25 @@ class SampleSource(Protocol):
     def __len__(self) -> int:
         """Samples per epoch."""
 
-    def sample(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Inputs and targets of one sample, each (time,), of any integer type; targets may hold -100."""
+    def sample(self, index: int) -> Sample:
+        """Inputs and targets of one sample, each (time,), of any integer type; targets may hold -100.
+
+        A source whose attention is to stay within documents gives their numbers as well, (time,) int32.
+        """
 
 
 class TokenWindows:
     """Windows of `context_length + 1` tokens, each beginning where the last one's inputs end.
 
     So every token but the first is a target once per epoch (up to a rest that fills no window). `UserError` where the
-    split is shorter than one window, or a file holds an id outside the vocabulary.
+    split is shorter than one window, or a file holds an id outside the vocabulary. `with_documents` gives the number of
+    the document of each input; an end-of-text id belongs to the document that it ends.
     """
 
-    def __init__(self, tokens: TokenFiles, context_length: int) -> None:
+    def __init__(self, tokens: TokenFiles, context_length: int, with_documents: bool = False) -> None:
         self.tokens = tokens
         self.context_length = context_length
+        self.with_documents = with_documents
         self.vocab_size = tokens.manifest.vocab_size
         if len(self) < 1:
             raise UserError(
@@ -63,16 +88,34 @@ class TokenWindows:
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.context_length
 
-    def sample(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    def sample(self, index: int) -> Sample:
         """Inputs and the same moved on by one token, each (context_length,), as stored (uint16 or uint32)."""
-        window = self.tokens.read(index * self.context_length, self.context_length + 1)
-        largest = int(window.max())
-        if largest >= self.vocab_size:
-            raise UserError(
-                f"The token files in {self.tokens.directory} are damaged: they hold id {largest}, the vocabulary ends "
-                f"at {self.vocab_size - 1}. Run python data/preprocess.py --force."
-            )
-        return window[:-1], window[1:]
+        start = index * self.context_length
+        window = self.tokens.read(start, self.context_length + 1)
+        require_known(window, self.vocab_size, self.tokens)
+        if not self.with_documents:
+            return window[:-1], window[1:]
+        # NumPy would turn all of the ends into floating-point numbers to compare them with a Python integer.
+        ends, bounds = self.tokens.document_ends, np.array([start, start + self.context_length], dtype=np.uint64)
+        first, last = np.searchsorted(ends, bounds, side="right").tolist()
+        borders = np.clip(ends[first:last].astype(np.int64) - start, 0, self.context_length)
+        lengths = np.diff(borders, prepend=0, append=self.context_length)
+        return window[:-1], window[1:], document_numbers(np.repeat(np.arange(first, last + 1), lengths))
+
+
+def document_numbers(documents: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Numbers of documents as a batch holds them: modulo 2 ** 31, by which neighbours still differ."""
+    return (documents % 2**31).astype(np.int32)
+
+
+def require_known(ids: NDArray[Any], vocab_size: int, tokens: TokenFiles) -> None:
+    """`UserError` where `ids`, read from `tokens`, has one outside the vocabulary."""
+    largest = int(ids.max())
+    if largest >= vocab_size:
+        raise UserError(
+            f"The token files in {tokens.directory} are damaged: they hold id {largest}, the vocabulary ends at "
+            f"{vocab_size - 1}. Run python data/preprocess.py --force."
+        )
 
 
 class DataLoader:
@@ -188,14 +231,15 @@ class _Order(NamedTuple):
 
     def batch(self, indices: NDArray[np.int64]) -> Batch:
         """The samples of these indices, shape (rows,)."""
-        pairs = [self.source.sample(index) for index in indices.tolist()]
-        shape = (len(pairs), len(pairs[0][0]))
+        samples = [self.source.sample(index) for index in indices.tolist()]
+        shape = (len(samples), len(samples[0][0]))
         inputs, targets = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
-        input_rows, target_rows = inputs.numpy(), targets.numpy()
-        for row, (sample_inputs, sample_targets) in enumerate(pairs):
-            input_rows[row] = sample_inputs
-            target_rows[row] = sample_targets
-        return Batch(inputs, targets)
+        documents = torch.empty(shape, dtype=torch.int32) if len(samples[0]) == 3 else None
+        for row, sample in enumerate(samples):
+            for part, values in zip((inputs, targets, documents), sample):
+                assert part is not None
+                part.numpy()[row] = values
+        return Batch(inputs, targets, documents)
 
 
 def _prefetch(
@@ -219,7 +263,7 @@ def _prefetch(
                     return
                 batch = order.batch(indices)
                 if device is not None:
-                    batch = Batch(batch.inputs.pin_memory(), batch.targets.pin_memory())
+                    batch = batch.pin_memory()
                 queue.put((batch, size))
             cursor += sum(coming)
     except BaseException as error:

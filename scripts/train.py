@@ -38,6 +38,7 @@ def train(
     config, checkpoint = run_config([recipe] if recipe else [], overrides or [], resume)
     show(config, print_config)
     job = open_pretraining(config, checkpoint)
+    _describe(job)
     result = trainer.train(
         job.config,
         job.source,
@@ -51,6 +52,17 @@ def train(
         _report(result)
     if result.stopped_by is not None:
         raise typer.Exit(128 + result.stopped_by)
+
+
+def _describe(job: Pretraining) -> None:
+    """What packing made of the documents."""
+    import os
+
+    from data.packing import PackedWindows
+
+    if isinstance(job.source, PackedWindows) and not int(os.environ.get("RANK", 0)):
+        documents, windows = job.source.tokens.manifest.documents("train"), len(job.source)
+        print(f"{documents:,} documents packed into {windows:,} windows; padding is {job.source.padding:.2%} of them.")
 
 
 def _evaluator(job: Pretraining) -> Callable[[Transformer, int, int], Evaluation]:

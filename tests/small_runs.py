@@ -53,15 +53,19 @@ SMALL = [
 ]
 
 
-def write_corpus(folder: Path, repeat: int = 1) -> Tokenizer:
-    """`corpus/tokenizer` and `corpus/tokens` in `folder`, of the source of a module of the standard library."""
+def write_corpus(folder: Path, repeat: int = 1, ends: Sequence[int] = ()) -> Tokenizer:
+    """`corpus/tokenizer` and `corpus/tokens` in `folder`, of the source of a module of the standard library.
+
+    It is one document, or several where the index has `ends` besides the last.
+    """
     tokenizer = small_tokenizer()
     tokenizer.save(folder / "corpus/tokenizer")
     text = inspect.getsource(argparse)
     ids = np.array([*tokenizer.encode(text), tokenizer.end_of_text_id] * repeat, dtype="<u2")
     tokens = folder / "corpus/tokens"
     tokens.mkdir(parents=True)
-    splits = {name: [_write_split(tokens, name, part)] for name, part in (("train", ids), ("val", ids[-4000:]))}
+    parts = (("train", ids, ends), ("val", ids[-4000:], ()))
+    splits = {name: [_write_split(tokens, name, part, [*cuts, len(part)])] for name, part, cuts in parts}
     manifest = {
         "fingerprint": hashlib.sha256(ids.tobytes()).hexdigest(),
         "dtype": "uint16",
@@ -78,14 +82,14 @@ def write_corpus(folder: Path, repeat: int = 1) -> Tokenizer:
     return tokenizer
 
 
-def _write_split(folder: Path, name: str, ids: NDArray[Any]) -> dict[str, Any]:
-    index = np.array([len(ids)], dtype="<u8").tobytes()
+def _write_split(folder: Path, name: str, ids: NDArray[Any], ends: Sequence[int]) -> dict[str, Any]:
+    index = np.array(ends, dtype="<u8").tobytes()
     (folder / f"{name}.bin").write_bytes(ids.tobytes())
     (folder / f"{name}.index").write_bytes(index)
     return {
         "name": f"{name}.bin",
         "tokens": len(ids),
-        "documents": 1,
+        "documents": len(ends),
         "bytes": 4 * len(ids),
         "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
         "index_sha256": hashlib.sha256(index).hexdigest(),

@@ -76,7 +76,11 @@ def take(loader: DataLoader, batches: int) -> list[Batch]:
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
-    return all(torch.equal(x, y) for a, b in zip(left, right, strict=True) for x, y in zip(a, b, strict=True))
+    return all(
+        (x is None and y is None) or (x is not None and y is not None and torch.equal(x, y))
+        for a, b in zip(left, right, strict=True)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 class TestPermutation:
@@ -188,8 +192,21 @@ class TestTokenWindows:
         samples = [windows.sample(index) for index in range(len(windows))]
         tokens = windows.tokens.read(0, len(windows) * CONTEXT + 1)
         assert len(windows) == 37
-        assert np.array_equal(np.concatenate([inputs for inputs, _ in samples]), tokens[:-1])
-        assert np.array_equal(np.concatenate([targets for _, targets in samples]), tokens[1:])
+        assert np.array_equal(np.concatenate([sample[0] for sample in samples]), tokens[:-1])
+        assert np.array_equal(np.concatenate([sample[1] for sample in samples]), tokens[1:])
+
+    def test_documents_are_those_of_the_index(self, tmp_path: Path) -> None:
+        """Whatever the tokens say: here any of them may be the end-of-text id."""
+        lengths = [[3, 1, 1, 30, 8], [11], [5, 9, 11]]
+        write_tokens(tmp_path, lengths)
+        files = TokenFiles(tmp_path, "train")
+        windows = TokenWindows(files, CONTEXT, with_documents=True)
+        found = np.concatenate([windows.sample(index)[2] for index in range(len(windows))])  # type: ignore[misc]
+        expected = np.repeat(np.arange(9), [length for file in lengths for length in file])
+        assert found.dtype == np.int32
+        assert np.array_equal(found, expected[: len(found)])
+        plain = TokenWindows(files, CONTEXT)
+        assert all(np.array_equal(windows.sample(i)[0], plain.sample(i)[0]) for i in range(len(plain)))
 
     def test_split_shorter_than_a_window(self, tmp_path: Path) -> None:
         write_tokens(tmp_path, [[CONTEXT]])
@@ -273,6 +290,26 @@ class TestDataLoader:
         with DataLoader(Numbers(3), batch_size=10, seed=0) as loader:
             rows = next(loader).inputs[:, 0].tolist()
         assert sorted(rows[:3]) == sorted(rows[3:6]) == sorted(rows[6:9]) == [0, 1, 2]
+
+    def test_batches_have_documents_where_the_source_tells(self, tmp_path: Path, windows: TokenWindows) -> None:
+        told = TokenWindows(windows.tokens, CONTEXT, with_documents=True)
+        with DataLoader(told, batch_size=4, seed=1) as loader, DataLoader(windows, batch_size=4, seed=1) as plain:
+            batch, without = next(loader), next(plain)
+        assert without.documents is None and batch.documents is not None
+        assert batch.documents.shape == (4, CONTEXT) and batch.documents.dtype == torch.int32
+        assert torch.equal(batch.inputs, without.inputs)
+        rows = {tuple(told.sample(index)[0].tolist()): told.sample(index) for index in range(len(told))}
+        for inputs, documents in zip(batch.inputs, batch.documents):
+            assert rows[tuple(inputs.tolist())][2].tolist() == documents.tolist()  # type: ignore[misc]
+
+    def test_micro_batches_cut_every_part_alike(self) -> None:
+        numbers = torch.arange(4 * 8).view(4, 8)
+        cpu = torch.device("cpu")
+        first, second = Batch(numbers, numbers + 1, (numbers // 5).int()).micro_batches(2, 4, cpu)
+        assert first.inputs.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+        assert torch.equal(second.targets, second.inputs + 1)
+        assert second.documents is not None and torch.equal(second.documents, (second.inputs // 5).int())
+        assert all(part.documents is None for part in Batch(numbers, numbers).micro_batches(2, 8, cpu))
 
     def test_masked_targets_arrive_as_they_are(self) -> None:
         with DataLoader(Numbers(3), batch_size=2, seed=0) as loader:

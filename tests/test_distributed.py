@@ -67,8 +67,9 @@ class TestMistakes:
 @pytest.mark.slow
 class TestTwoProcesses:
     def test_train_what_one_process_trains(self, tmp_path: Path) -> None:
-        """Promise 3: one process, two, and two that also accumulate."""
-        write_corpus(tmp_path)
+        """Promise 3: one process, two, and two that also accumulate; with documents that do not see one another."""
+        write_corpus(tmp_path, ends=[30, 500, 507, 1400, 4000])
+        documents = ["data.loader.packing=best_fit", "training.documents=masked"]
         ways = {
             "one": ("train", []),
             "two": ("distributed_train", TWO),
@@ -76,8 +77,8 @@ class TestTwoProcesses:
         }
         for name, (script, arguments) in ways.items():
             own = [f"training.run_name={name}", f"training.checkpoint_dir={name}"]
-            done = command(tmp_path, script, *arguments, *SETTINGS, *own)
-            assert done.stdout.count("Wrote ") == 1
+            done = command(tmp_path, script, *arguments, *SETTINGS, *documents, *own)
+            assert done.stdout.count("Wrote ") == done.stdout.count("packed into") == 1
         expected = read_checkpoint(tmp_path / "one/model_step_6.pt")
         for name in ("two", "both"):
             found = read_checkpoint(tmp_path / name / "model_step_6.pt")

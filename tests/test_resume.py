@@ -82,8 +82,9 @@ def test_going_on_is_as_if_it_had_never_stopped(settings: list[str]) -> None:
 @pytest.mark.slow
 def test_killed_at_any_moment_the_command_goes_on_bit_for_bit(folder: Path) -> None:
     """Promise 2: `train(N)` against `train(k)`, `kill -9`, `--resume`, twice, with everything on that draws numbers."""
-    write_corpus(folder)
-    settings = [*SMALL, *LIVELY, "training.max_steps=60", "training.checkpoint_interval=10", "training.keep_last=9"]
+    write_corpus(folder, ends=[30, 500, 507, 1400, 4000])
+    settings = [*SMALL, *LIVELY, "data.loader.packing=best_fit", "training.documents=masked"]
+    settings += ["training.max_steps=60", "training.checkpoint_interval=10", "training.keep_last=9"]
     settings += ["training.sample_interval=7", "generation.max_new_tokens=5", "training.eval_interval=15"]
     settings += ["training.short_sequences.length=16", "training.short_sequences.fraction=0.5"]
     command(folder, "train", *settings, "training.run_name=whole", "training.checkpoint_dir=whole")
@@ -133,6 +134,8 @@ class TestConfiguration:
             "training.batch_size=16",
             "training.batch_warmup.steps=4",
             "training.sequence_length=16",
+            "training.documents=masked",
+            "data.loader.packing=best_fit",
             "training.optimizer=adamw",
             "training.run_name=other",
         ],

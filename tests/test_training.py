@@ -19,7 +19,8 @@ from torch._dynamo.testing import CompileCounter
 
 from config.errors import UserError
 from config.training import BatchWarmupConfig, ScheduleConfig, ShortSequencesConfig
-from data.data_loader import DataLoader
+from data.data_loader import DataLoader, TokenWindows
+from data.packing import PackedWindows
 from model.transformer import Transformer
 from tests.small_runs import (
     SMALL,
@@ -41,6 +42,7 @@ from tests.small_runs import (
 from training import randomness
 from training.console import Console, count, duration
 from training.plan import make_plan
+from training.pretraining import open_pretraining
 from training.schedules import batch_rows, piece_length, rate_factor, sequences_through
 
 
@@ -219,6 +221,37 @@ class TestSchedules:
         settings = ["training.short_sequences.length=8", "training.short_sequences.fraction=0.5"]
         train_here(RandomSamples(32, 32), *settings, "training.micro_batch_size=4", model=model)
         assert shapes == [(16, 8)] * 8 + [(4, 32)] * 8
+
+
+class TestDocuments:
+    def test_reach_the_model_cut_as_the_tokens_are(self, folder: Path) -> None:
+        source, model = opened(folder, "masked", ends=[30, 500, 507, 1400])
+        seen: list[tuple[Tensor, Tensor]] = []
+        model.register_forward_pre_hook(
+            lambda module, inputs, named: seen.append((inputs[0], named["documents"])), with_kwargs=True
+        )
+        settings = ["training.short_sequences.length=8", "training.short_sequences.fraction=0.5"]
+        train_here(source, *settings, "training.micro_batch_size=4", model=model)
+        assert [documents.shape for _, documents in seen] == [(16, 8)] * 8 + [(4, 32)] * 8
+        samples = [source.sample(index) for index in range(len(source))]
+        expected = {tuple(sample[0].tolist()): sample[2].tolist() for sample in samples if len(sample) == 3}
+        for tokens, documents in seen[8:]:
+            assert [expected[tuple(row)] for row in tokens.tolist()] == documents.tolist()
+
+    def test_masking_them_changes_what_is_learnt(self, folder: Path) -> None:
+        runs = []
+        for how in ("masked", "masked", "attend_across"):
+            source, model = opened(folder, how, ends=list(range(20, 4000, 20)))
+            runs.append(trained_weights(train_here(source, model=model)))
+        assert not differing(runs[0], runs[1]) and differing(runs[0], runs[2])
+
+
+def opened(folder: Path, documents: str, ends: list[int]) -> tuple[TokenWindows | PackedWindows, Transformer]:
+    """The source of a corpus of documents that end there, and a new model for it."""
+    if not (folder / "corpus").exists():
+        write_corpus(folder, ends=ends)
+    config = small_config(f"training.documents={documents}", vocab_size=300)
+    return open_pretraining(config, None).source, Transformer(config.model)
 
 
 class TestPlan:

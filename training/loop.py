@@ -138,14 +138,13 @@ class Loop:
         if self.config.model.dropout > 0:
             randomness.seed_step(training.seed, step, process.data_rank)
 
-        inputs, targets = (part.to(device, non_blocking=True) for part in batch)
-        passes = len(inputs) // plan.micro_rows_of(len(inputs))
-        micro_batches = list(zip(inputs.chunk(passes), targets.chunk(passes), strict=True))
+        passes = len(batch.inputs) // plan.micro_rows_of(len(batch.inputs))
+        micro_batches = batch.micro_batches(passes, length, device)
         loss_sum = torch.zeros((), device=device)
-        for number, (tokens, wanted) in enumerate(micro_batches, start=1):
+        for number, part in enumerate(micro_batches, start=1):
             with micro_batch(self.forward, last=number == len(micro_batches)):
                 with self.precision.autocast():
-                    loss: Tensor = self.forward(tokens.view(-1, length), wanted.view(-1, length))
+                    loss: Tensor = self.forward(part.inputs, part.targets, documents=part.documents)
                 scaled = self.precision.scaler.scale(loss * (averaged_over(self.forward) / valid))
                 scaled.backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()

@@ -9,6 +9,7 @@ from config.files import local
 from config.load import with_vocab_size
 from config.schema import Config
 from data.data_loader import TokenWindows
+from data.packing import PackedWindows
 from data.tokens import TokenFiles
 from model.checkpoint import load_checkpoint
 from training.plan import make_plan, sequence_length
@@ -20,7 +21,7 @@ class Pretraining:
     """`config` knows its vocabulary size; `checkpoint` is None for a fresh run."""
 
     config: Config
-    source: TokenWindows
+    source: TokenWindows | PackedWindows
     checkpoint: Path | None
 
     @property
@@ -44,7 +45,9 @@ def open_pretraining(config: Config, checkpoint: Path | None) -> Pretraining:
     if checkpoint is not None and state is not None:
         require_same_tokenizer(checkpoint, state, tokens.manifest.tokenizer_fingerprint)
     config = with_vocab_size(config, tokens.manifest.vocab_size)
-    source = TokenWindows(tokens, sequence_length(config.model, config.training))
+    windows = PackedWindows if config.data.loader.packing == "best_fit" else TokenWindows
+    masked = config.training.documents == "masked"
+    source = windows(tokens, sequence_length(config.model, config.training), with_documents=masked)
     if checkpoint is not None and state is not None:
         require_same_data(checkpoint, state, len(source), tokens.manifest.fingerprint)
     return Pretraining(config, source, checkpoint)

@@ -23,6 +23,7 @@ FIXED_TRAINING = (
     "batch_warmup.sequences",
     "batch_warmup.steps",
     "sequence_length",
+    "documents",
     "optimizer",
 )
 
@@ -83,7 +84,7 @@ def _fixed(saved: Config, config: Config) -> list[tuple[str, Any, Any]]:
         if key == "sequence_length":
             before, now = (sequence_length(each.model, each.training) for each in (saved, config))
         pairs.append((f"training.{key}", before, now))
-    return pairs
+    return [*pairs, ("data.loader.packing", saved.data.loader.packing, config.data.loader.packing)]
 
 
 def _show(value: Any) -> str:
