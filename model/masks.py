@@ -30,20 +30,30 @@ Masks = dict[int | None, Mask]  # by window; None is the whole context
 
 
 def causal_masks(
-    windows: Iterable[int | None], shape: tuple[int, int], documents: Tensor | None, device: torch.device, flex: bool
+    windows: Iterable[int | None],
+    shape: tuple[int, int],
+    documents: Tensor | None,
+    device: torch.device,
+    flex: bool,
+    fixed: bool = False,
 ) -> Masks:
     """For tokens of `shape` (batch, T) that see one another: the mask of every window.
 
     `documents` `(batch, T)` are numbers of documents, each of which is one run of its row: nothing is seen across. With
     `flex` the masks are FlexAttention's, which skips the blocks that are hidden (Dong et al., 2024); on a CPU whole
-    documents are attended to one by one. Elsewhere they are booleans `(batch or 1, 1, T, T)`, true where a query may
-    look.
+    documents are attended to one by one, unless the masks are to have a `fixed` shape, as compiled code needs them.
+    Elsewhere they are booleans `(batch or 1, 1, T, T)`, true where a query may look.
     """
-    return {window: _causal_mask(window, shape, documents, device, flex) for window in dict.fromkeys(windows)}
+    return {window: _causal_mask(window, shape, documents, device, flex, fixed) for window in dict.fromkeys(windows)}
 
 
 def _causal_mask(
-    window: int | None, shape: tuple[int, int], documents: Tensor | None, device: torch.device, flex: bool
+    window: int | None,
+    shape: tuple[int, int],
+    documents: Tensor | None,
+    device: torch.device,
+    flex: bool,
+    fixed: bool,
 ) -> Mask:
     length = shape[1]
     if window is not None and window >= length:
@@ -52,9 +62,8 @@ def _causal_mask(
         return None
     if flex:
         return _block_mask(window, shape, documents, device)
-    if window is None and documents is not None and length > SHORT and documents.is_cpu:
-        if not torch.compiler.is_compiling():
-            return _pieces(documents)
+    if window is None and documents is not None and length > SHORT and documents.is_cpu and not fixed:
+        return _pieces(documents)
     visible = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
     if window is not None:
         visible = visible.triu_(1 - window)

@@ -63,6 +63,7 @@ class Transformer(nn.Module):
         self.config = config
         self.gradient_checkpointing: GradientCheckpointing = "none"
         self.z_loss = 0.0
+        self.blocks_compiled = False
         self.position_embedding = self.rotary = self.head = None
         with NoDefaultInit():
             self.token_embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
@@ -131,7 +132,8 @@ class Transformer(nn.Module):
         windows, positions, of_cache = self.config.layer_windows, None, False
         if cache is None:
             flex = tokens.is_cuda and torch.is_grad_enabled() and not self.config.dropout
-            masks = causal_masks(windows, (tokens.shape[0], length), documents, tokens.device, flex)
+            fixed = self.blocks_compiled or torch.compiler.is_compiling()
+            masks = causal_masks(windows, (tokens.shape[0], length), documents, tokens.device, flex, fixed)
         else:
             positions, masks, of_cache = cached_masks(windows, cache, length)
         x = self.token_embedding(tokens)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -246,11 +248,13 @@ class TestDocuments:
         assert not differing(runs[0], runs[1]) and differing(runs[0], runs[2])
 
 
-def opened(folder: Path, documents: str, ends: list[int]) -> tuple[TokenWindows | PackedWindows, Transformer]:
+def opened(
+    folder: Path, documents: str, ends: list[int], settings: Sequence[str] = ()
+) -> tuple[TokenWindows | PackedWindows, Transformer]:
     """The source of a corpus of documents that end there, and a new model for it."""
     if not (folder / "corpus").exists():
         write_corpus(folder, ends=ends)
-    config = small_config(f"training.documents={documents}", vocab_size=300)
+    config = small_config(*settings, f"training.documents={documents}", vocab_size=300)
     return open_pretraining(config, None).source, Transformer(config.model)
 
 
@@ -491,6 +495,35 @@ class TestCompile:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
                 model(tokens, tokens).backward()
         assert counter.frame_count == 1
+
+    @pytest.mark.parametrize(
+        ("documents", "settings"),
+        [
+            ("attend_across", ["training.precision=bf16"]),
+            ("masked", ["model.window=6", "model.value_embeddings=all", "model.residual_scaling=true"]),
+        ],
+    )
+    def test_a_run_is_one_graph_for_each_length_whatever_comes_between_its_steps(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, documents: str, settings: list[str]
+    ) -> None:
+        """`fullgraph` refuses a break; evaluations, checkpoints and new documents must not call for another graph."""
+        counter = CompileCounter()
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+        monkeypatch.setattr("shutil.which", lambda name: name)
+        torch.compiler.reset()
+
+        def evaluate(model: Transformer, rank: int, world: int) -> FixedLoss:
+            model.eval()
+            with torch.no_grad():
+                model(torch.zeros(3, 20, dtype=torch.int64))
+            return FixedLoss()
+
+        source, model = opened(folder, documents, ends=list(range(20, 4000, 20)), settings=settings)
+        short = ["training.short_sequences.length=16", "training.short_sequences.fraction=0.5"]
+        often = ["training.eval_interval=1", "training.checkpoint_interval=2", "training.micro_batch_size=4"]
+        compiled = [*settings, *short, *often, "training.compile=true"]
+        train_here(source, *compiled, model=model, evaluate=evaluate)
+        assert counter.frame_count == 2
 
     @pytest.mark.slow
     def test_a_compiled_run_learns_what_an_eager_one_does(self) -> None:

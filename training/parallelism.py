@@ -31,6 +31,7 @@ def parallelise(model: Transformer, layout: Layout, compiling: bool) -> nn.Modul
     """
     if layout.shares_weights:
         if compiling:
+            model.blocks_compiled = True
             for block in model.blocks:
                 block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
         return model
