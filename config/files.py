@@ -35,7 +35,8 @@ def location(address: str) -> Path:
     except ImportError as error:
         raise missing_package(address, error) from error
     except ValueError as error:
-        raise UserError(f"{address} cannot be used: {error}.") from error
+        scheme = address.partition("://")[0]
+        raise UserError(f"{address}: {scheme}:// is no kind of address that can be used, as s3:// is.") from error
     return cast(Path, path)
 
 
