@@ -44,7 +44,7 @@ def train(
         job.source,
         tokenizer_fingerprint=job.tokenizer_fingerprint,
         data_fingerprint=job.data_fingerprint,
-        evaluate=_evaluator(job),
+        evaluate=evaluator(job),
         sampler=_sampler(job),
         resume=checkpoint,
     )
@@ -65,7 +65,7 @@ def _describe(job: Pretraining) -> None:
         print(f"{documents:,} documents packed into {windows:,} windows; padding is {job.source.padding:.2%} of them.")
 
 
-def _evaluator(job: Pretraining) -> Callable[[Transformer, int, int], Evaluation]:
+def evaluator(job: Pretraining) -> Callable[[Transformer, int, int], Evaluation]:
     """The loss on the first `training.eval_tokens` tokens of the validation split, the same ones every time."""
     from config.errors import UserError
     from config.files import local
