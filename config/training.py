@@ -85,13 +85,14 @@ class TrainingConfig(Section):
     max_steps: PositiveInt | None
     epochs: Rate | None
     batch_size: PositiveInt
-    micro_batch_size: PositiveInt
+    micro_batch_size: PositiveInt | Literal["auto"]
     batch_warmup: BatchWarmupConfig
     sequence_length: PositiveInt | None
     short_sequences: ShortSequencesConfig
     documents: Literal["attend_across", "masked"]
     gradient_checkpointing: Literal["none", "selective", "full"]
     optimizer: Literal["adamw", "muon"]
+    learning_rate: Literal["auto"] | None
     adamw: AdamWConfig
     muon: MuonConfig
     cautious_weight_decay: bool
@@ -117,7 +118,7 @@ class TrainingConfig(Section):
                 "max_steps: set exactly one of max_steps and epochs, and the other one to null, "
                 "such as training.max_steps=null training.epochs=3"
             )
-        if self.batch_size % self.micro_batch_size:
+        if self.micro_batch_size != "auto" and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size: batch_size={self.batch_size} is not divisible by "
                 f"micro_batch_size={self.micro_batch_size}; choose from {divisors(self.batch_size)}"

@@ -85,5 +85,5 @@ def make_plan(config: Config, samples: int, world_size: int) -> Plan:
         batch_warmup=training.batch_warmup,
         sequence_length=sequence_length(config.model, training),
         rows=rows,
-        micro_rows=training.micro_batch_size,
+        micro_rows=rows if training.micro_batch_size == "auto" else training.micro_batch_size,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from training.distributed import Process, open_process
 from training.environment import keep_freed_memory
 from training.loop import Evaluate, Loop, Sample
 from training.meter import Meter
-from training.optimizers import make_optimizers
+from training.optimizers import Optimizers, make_optimizers
 from training.parallelism import deal, parallelise
 from training.plan import Plan, make_plan
 from training.precision import Precision
+from training.probing import is_out_of_memory, largest_micro_batch, memory_advice
 from training.record import Record
 from training.resume import require_same_data, require_same_tokenizer
+from training.scaling import choose_rates, describe
 from training.setup import Progress, load_state, new_model, run_name, should_compile, with_run_name
 from training.signals import catch_signals
 from training.throughput import measure_peak_flops
@@ -63,10 +65,11 @@ def train(
     Raises `UserError` where configuration, data and checkpoint do not go together, where no gradient is finite any
     more, and where the last checkpoint cannot be written.
     """
-    training = config.training
     keep_freed_memory()
-    with open_process(training.device, training.tensor_parallel) as process, catch_signals() as signals:
+    with open_process(config.training.device, config.training.tensor_parallel) as process, catch_signals() as signals:
         plan = make_plan(config, len(source), process.world_size)
+        config = choose_rates(config, plan)
+        training = config.training
         precision = Precision(training.precision, process.device)
         compiling = should_compile(training, process.device)
         peak_flops = measure_peak_flops(process.device, precision.dtype)
@@ -97,6 +100,11 @@ def train(
         console = Console(enabled=process.is_main)
         record = _open_record(with_run_name(config, name), run_dir, console, state, process)
         console.say(_headline(name, model, plan, process, precision, progress))
+        if chosen := describe(config):
+            console.say(chosen)
+        if training.micro_batch_size == "auto":
+            plan = replace(plan, micro_rows=_probe(model, plan, precision, process, optimizers))
+            console.say(f"micro_batch_size: auto chose {plan.micro_rows}")
         loop = Loop(
             config=config,
             plan=plan,
@@ -118,6 +126,10 @@ def train(
         )
         try:
             stopped_by = loop.run(source)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise memory_advice(training, plan.rows, plan.micro_rows_of(plan.rows), plan.sequence_length) from error
+            raise
         finally:
             console.close()
             if record is not None:
@@ -125,6 +137,13 @@ def train(
         checkpoint = record.checkpoints.latest if record is not None else None
         loss = loop.validation_loss
         return TrainResult(progress.step, plan.steps, run_dir, checkpoint, loss, stopped_by, False, process.is_main)
+
+
+def _probe(model: Transformer, plan: Plan, precision: Precision, process: Process, optimizers: Optimizers) -> int:
+    """The micro-batch that fits. Moments that are not there yet will take twice the weights, as AdamW's do."""
+    owners = {parameter for part in optimizers.parts.values() for parameter in part.state}
+    coming = sum(2 * parameter.nbytes for parameter in optimizers.parameters if parameter not in owners)
+    return largest_micro_batch(model, plan.rows, plan.sequence_length, precision, process, coming)
 
 
 def _open_record(

@@ -1,0 +1,133 @@
+"""The micro-batch that fits, and what is said where one did not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from config.errors import UserError
+from model.transformer import Transformer
+from tests.small_runs import RandomSamples, metrics, new_transformer, train_here, trained_weights
+from training.distributed import Process
+from training.precision import Precision
+from training.probing import largest_micro_batch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fitting(model: Transformer, memory: int | None, rows: int = 24, length: int = 32, state_bytes: int = 0) -> int:
+    process = Process(0, 1, CPU)
+    return largest_micro_batch(model, rows, length, Precision("fp32", CPU), process, state_bytes, memory)
+
+
+def needed(model: Transformer, rows: int) -> int:
+    """The least memory, to a hundredth, with which `rows` of 24 sequences are found to fit."""
+    low, high = 1, 2**34
+    while high > 1.01 * low:
+        middle = int((low * high) ** 0.5) + 1
+        try:
+            fits = fitting(model, middle) >= rows
+        except UserError:
+            fits = False
+        low, high = (low, middle) if fits else (middle, high)
+    return high
+
+
+def test_the_largest_divisor_that_fits_is_found() -> None:
+    model = new_transformer()
+    sizes = [1, 2, 3, 4, 6, 8, 12, 24]
+    memory = {size: needed(model, size) for size in sizes}
+    assert [fitting(model, memory[size]) for size in sizes] == sizes
+    assert fitting(model, None) == 24, "a few megabytes fit into any machine"
+    activations = (memory[24] - memory[12]) / 12
+    assert memory[3] - memory[2] == pytest.approx(activations, rel=0.5), "every sequence takes as much"
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert memory[1] > weights + activations, "there is room for the gradients"
+    assert fitting(model, memory[24], state_bytes=int(0.9 * (memory[24] - memory[8]))) in (6, 8)
+
+
+def test_recomputing_activations_makes_room() -> None:
+    model = new_transformer("model.n_layers=6")
+    memory = needed(model, 6)
+    assert fitting(model, memory) == 6
+    model.set_gradient_checkpointing("full")
+    assert fitting(model, memory) >= 12
+
+
+def test_nothing_is_left_behind() -> None:
+    model = new_transformer("model.dropout=0.5").train()
+    before, random = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    fitting(model, None)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_not_even_one_sequence() -> None:
+    with pytest.raises(
+        UserError, match="Not even one sequence of 32 tokens fits.*training.gradient_checkpointing=full"
+    ):
+        fitting(new_transformer(), 1000)
+
+
+def test_a_run_finds_its_micro_batch_and_learns_what_it_would_have(capsys: pytest.CaptureFixture[str]) -> None:
+    source = RandomSamples(32, 32)
+    found = train_here(source, "training.micro_batch_size=auto", "model.dropout=0.1")
+    assert "micro_batch_size: auto chose 8" in "".join(capsys.readouterr())
+    given = train_here(source, "training.micro_batch_size=8", "model.dropout=0.1", "training.run_name=given")
+    for name, value in trained_weights(given).items():
+        assert torch.equal(trained_weights(found)[name], value), name
+    assert [row["loss"] for row in metrics(found.run_dir)] == [row["loss"] for row in metrics(given.run_dir)]
+
+
+class Hungry(Transformer):
+    """Runs out of memory with more than `most` sequences, as a GPU or a CPU says it."""
+
+    most = 2
+    error: BaseException = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    def forward(self, tokens: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if len(tokens) > self.most:
+            raise self.error
+        return super().forward(tokens, *arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_out_of_memory_names_the_line_to_change(error: BaseException) -> None:
+    model = Hungry(new_transformer().config)
+    model.error = error
+    for size, advice in ((8, 4), (4, 2)):
+        with pytest.raises(UserError, match=f"with {size} sequences of 32 .* Set training.micro_batch_size={advice}:"):
+            train_here(RandomSamples(32, 32), f"training.micro_batch_size={size}", model=model)
+    train_here(RandomSamples(32, 32), "training.micro_batch_size=2", model=model)
+    model.most = 0
+    with pytest.raises(UserError, match="Set training.gradient_checkpointing=full"):
+        train_here(RandomSamples(32, 32), "training.micro_batch_size=1", model=model)
+    with pytest.raises(UserError, match="a smaller training.sequence_length"):
+        settings = ["training.micro_batch_size=1", "training.gradient_checkpointing=full"]
+        train_here(RandomSamples(32, 32), *settings, model=model)
+
+
+def test_another_error_stays_what_it_is() -> None:
+    model = Hungry(new_transformer().config)
+    model.most, model.error = 0, RuntimeError("device-side assert triggered")
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        train_here(RandomSamples(32, 32), model=model)

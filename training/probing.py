@@ -1,0 +1,136 @@
+"""How many sequences one forward and backward pass can hold: found by trying, and what to say where it was too many."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from config.errors import UserError
+from config.section import divisors
+from config.training import TrainingConfig
+from training import randomness
+from training.distributed import Process
+from training.precision import Precision
+
+MARGIN = 0.1  # of the memory, left for fragments, for evaluations and for the buffers of communication
+
+
+def largest_micro_batch(
+    model: nn.Module,
+    rows: int,
+    length: int,
+    precision: Precision,
+    process: Process,
+    state_bytes: int = 0,
+    memory: int | None = None,
+) -> int:
+    """The largest divisor of `rows` that fits as sequences of `length` tokens, the same in every process.
+
+    On a GPU each size is run, ascending, until one does not fit; everything is freed again. On a CPU, whose memory ends
+    with a killed process, what a pass keeps for its backward half is measured for one and two sequences and carried on.
+    `state_bytes` are those that the optimizer is going to take. `memory` is the number of bytes there are for
+    gradients, moments and activations; None asks the device. No random number is drawn.
+
+    Raises `UserError` where not even one sequence fits.
+    """
+    room = (1.0 - MARGIN) * (_free(process.device) if memory is None else memory) - state_bytes
+    probe = _Probe(model, length, precision, process.device)
+    found = 0
+    with randomness.undisturbed():
+        for size in divisors(rows):
+            needed = probe.needs(size)
+            if process.largest(int(needed is None or needed > room)):
+                break
+            found = size
+    if not found:
+        raise UserError(
+            f"Not even one sequence of {length:,} tokens fits into the memory of {process.device.type}. Set "
+            "training.gradient_checkpointing=full or a smaller training.sequence_length, or choose a smaller model."
+        )
+    return found
+
+
+class _Probe:
+    """Measures what a forward and backward pass needs beside the weights, gradients included."""
+
+    def __init__(self, model: nn.Module, length: int, precision: Precision, device: torch.device) -> None:
+        self.model, self.length, self.precision, self.device = model, length, precision, device
+        self.per_row: int | None = None
+
+    def needs(self, rows: int) -> int | None:
+        """Bytes at the highest moment of a pass over `rows` sequences; None where the device has not so many."""
+        if self.device.type == "cuda":
+            return self._highest(rows)
+        if self.per_row is None:
+            one = self._kept(1)
+            self.per_row = max(0, self._kept(2) - one)
+            self.fixed = one - self.per_row + sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        return self.fixed + 2 * rows * self.per_row  # as much again for what the backward pass makes on its way
+
+    def _loss(self, rows: int) -> Tensor:
+        tokens = torch.zeros((rows, self.length), dtype=torch.int64, device=self.device)
+        with self.precision.autocast():
+            loss: Tensor = self.model(tokens, tokens)
+        return loss
+
+    def _highest(self, rows: int) -> int | None:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        try:
+            self._loss(rows).backward()  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - before
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+
+    def _kept(self, rows: int) -> int:
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = self._loss(rows)  # held until the sizes are added up: a freed block could come back as another
+        total = sum(kept.values())
+        del loss
+        return total
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that the device has left, with what PyTorch holds in reserve on it."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device, or the machine, has no memory left."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def memory_advice(training: TrainingConfig, rows: int, micro_rows: int, length: int) -> UserError:
+    """What to say when a run with passes of `micro_rows` of a process's `rows` sequences has run out of memory."""
+    begin = f"Out of memory with {micro_rows} sequences of {length:,} tokens in a forward pass. "
+    if micro_rows > 1:
+        smaller = max(size for size in divisors(rows) if size < micro_rows)
+        return UserError(
+            f"{begin}Set training.micro_batch_size={smaller}: the same is learnt, in more and smaller passes. "
+            "Go on from the last checkpoint with --resume latest."
+        )
+    if training.gradient_checkpointing != "full":
+        return UserError(f"{begin}Set training.gradient_checkpointing=full, which computes more and keeps less.")
+    return UserError(f"{begin}Set a smaller training.sequence_length, or choose a smaller model.")
