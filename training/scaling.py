@@ -6,6 +6,7 @@ They are rules of thumb with measured exponents: they spare most of a search, an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from config.schema import Config
@@ -62,7 +63,7 @@ def width_factor(width_ratio: float) -> float:
 
 def init_factor(width_ratio: float) -> float:
     """Of the initial deviation, so that outputs begin as large at any width; Yang et al., 2022, table 3."""
-    return width_ratio**-0.5
+    return math.pow(width_ratio, -0.5)
 
 
 def depth_factor(depth_ratio: float) -> float:
@@ -70,7 +71,7 @@ def depth_factor(depth_ratio: float) -> float:
 
     The square root is that of Yang et al., 2023 (https://arxiv.org/abs/2310.02244).
     """
-    return depth_ratio**-0.5
+    return math.pow(depth_ratio, -0.5)
 
 
 def batch_factor(batch_ratio: float) -> float:
@@ -78,7 +79,7 @@ def batch_factor(batch_ratio: float) -> float:
 
     Malladi et al., 2022 (https://arxiv.org/abs/2205.10287), for Adam; nanochat does so for Muon too.
     """
-    return batch_ratio**0.5
+    return math.sqrt(batch_ratio)
 
 
 def horizon_factor(tokens_ratio: float) -> float:
@@ -86,7 +87,7 @@ def horizon_factor(tokens_ratio: float) -> float:
 
     The exponent is that of Bjorck et al., 2024 (https://arxiv.org/abs/2409.19913), measured with AdamW.
     """
-    return tokens_ratio**-0.32
+    return math.pow(tokens_ratio, -0.32)
 
 
 def decay_factor(steps_ratio: float, rate_ratio: float) -> float:
