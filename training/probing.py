@@ -10,6 +10,7 @@ from config.section import divisors
 from config.training import TrainingConfig
 from training import randomness
 from training.distributed import Process
+from training.parallelism import aside
 from training.precision import Precision
 
 MARGIN = 0.1  # of the memory, left for fragments, for evaluations and for the buffers of communication
@@ -97,7 +98,7 @@ class _Probe:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with aside(self.model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = self._loss(rows)  # held until the sizes are added up: a freed block could come back as another
         total = sum(kept.values())
         del loss
