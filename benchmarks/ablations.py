@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -33,10 +33,8 @@ from config.errors import UserError
 from config.load import load_config
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from config.schema import Config
-    from data.data_loader import SampleSource
+    from data.data_loader import Sample, SampleSource
     from evaluation.perplexity import Evaluation
     from model.transformer import Transformer
 
@@ -96,7 +94,7 @@ class Stopwatch:
     def __len__(self) -> int:
         return len(self.source)
 
-    def sample(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    def sample(self, index: int) -> Sample:
         """One sample of the source."""
         if self.since is None:
             self.since = time.process_time()
