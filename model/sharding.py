@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +26,17 @@ def is_shared(tensor: Tensor) -> bool:
 
 
 def own_part(whole: Tensor, shared: Tensor) -> Tensor:
-    """The view of `whole` that this process holds of the `DTensor` `shared`, which has the same shape.
+    """The view of `whole` that this process holds of the `DTensor` `shared`, which has the same shape."""
+    return part_of(whole, shared, shared.device_mesh.get_coordinate())  # type: ignore[attr-defined]
+
+
+def part_of(whole: Tensor, shared: Tensor, coordinate: Sequence[int]) -> Tensor:
+    """The view of `whole` that the process at `coordinate` of the mesh holds of the `DTensor` `shared`.
 
     A dimension is cut as `torch.chunk` does. Where two dimensions of the mesh cut the same one of the tensor, tensor
     parallelism, the last of them, cut first: FSDP shards what it finds.
     """
     mesh, part = shared.device_mesh, whole  # type: ignore[attr-defined]
-    coordinate = mesh.get_coordinate()
     for axis in reversed(range(mesh.ndim)):
         dimension: int | None = getattr(shared.placements[axis], "dim", None)  # type: ignore[attr-defined]
         if dimension is None:

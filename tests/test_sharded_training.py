@@ -41,6 +41,57 @@ with open_process("cpu") as process:
         assert torch.equal(value.full_tensor(), whole[name]), name
 """
 
+DEALT_MUON = """
+import torch
+import training.muon
+from torch import nn
+from tests.small_runs import small_config
+from training.distributed import open_process
+from training.layout import make_layout
+from training.optimizers import make_optimizers
+from training.sharding import make_mesh
+from training.shares import take_gradients
+from torch.distributed.fsdp import fully_shard
+from model.sharding import fill
+
+training.muon.has_fast_bfloat16 = lambda device: False  # in float32 the order of sums is all that differs
+SHAPES = [(3,), (5, 7), (16, 3), (5, 7), (2, 8), (5, 7), (5, 7)]
+SETTINGS = ["training.optimizer=muon", "training.muon.second_moment=0.9", "training.muon.weight_decay=0.1"]
+
+
+def matrices() -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    return nn.ParameterList(torch.randn(shape, generator=generator) for shape in SHAPES)
+
+
+with open_process("cpu") as process:
+    for parallelism in ("ddp", "fsdp", "hsdp"):
+        config = small_config(*SETTINGS, f"training.parallelism={parallelism}", "training.shard_group=2")
+        layout = make_layout(config, process.world_size)
+        alone, together = matrices(), matrices()
+        if parallelism != "ddp":
+            mesh = make_mesh(layout, process.device)
+            fully_shard(together, mesh=mesh["replicate", "shard"])
+        one = make_optimizers(alone, config.training)
+        many = make_optimizers(together, config.training, layout=layout)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for left, right in zip(alone.parameters(), together.parameters(), strict=True):
+                left.grad = torch.randn(left.shape, generator=generator)
+                right.grad = torch.zeros_like(right)
+                fill(right.grad, left.grad)
+            take_gradients(many.shares)
+            one.step(torch.tensor(step == 1))
+            many.step(torch.tensor(step == 1))
+        for left, right in zip(alone.parameters(), together.parameters(), strict=True):
+            whole = right.full_tensor() if parallelism != "ddp" else right
+            torch.testing.assert_close(whole, left, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(left, matrices()[-1])
+        moments = [state["second_moment"] for state in many.parts["muon"].state_dict()["state"].values()]
+        wanted = [state["second_moment"] for state in one.parts["muon"].state_dict()["state"].values()]
+        torch.testing.assert_close(moments, wanted)
+"""
+
 
 class TestLayout:
     def test_deals_processes_to_copies_and_shards(self) -> None:
@@ -64,6 +115,10 @@ class TestSharded:
     def test_begins_with_the_weights_of_one_device(self, tmp_path: Path) -> None:
         """Uneven shards, some of them empty."""
         run_processes(tmp_path, 3, INITIAL_WEIGHTS)
+
+    def test_muon_deals_matrices_and_moves_them_as_on_one_device(self, tmp_path: Path) -> None:
+        """Data parallel, sharded, and in groups; neither shapes nor shards come out even, and some are empty."""
+        run_processes(tmp_path, 4, DEALT_MUON)
 
     @pytest.mark.parametrize(
         ("processes", "settings"),

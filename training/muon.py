@@ -5,18 +5,26 @@ together, in bfloat16 where the device is fast in it (the iteration is stable in
 the numbers are those of `torch.optim.Muon` up to rounding, and so is the state, one `momentum_buffer` per parameter.
 
 A step has three parts: `nesterov` and `descend` go element by element, so they may run on a shard of a matrix; between
-them, `orthogonalise` and `even_out_neurons` need all of it.
+them, `orthogonalise` needs all of it. On one device they follow one another, for each shape. On several, the matrices
+of a shape are dealt to the processes (see `training.dealing`), in three passes over the shapes:
+
+1. Each process does `nesterov` on what it holds, and, where that is a part, starts sending it to the owners.
+2. Each waits for the matrices that it owns, orthogonalises them, and starts sending the result to all.
+3. Each waits for the update of what it holds, and descends.
+
+So what travels for one shape does so while the other shapes are computed.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from training.dealing import Dealing, Pending
 from training.orthogonalisation import Iteration, Method, iteration, orthogonalise
 from training.precision import has_fast_bfloat16
 
@@ -38,10 +46,12 @@ def muon_step(
     dtype: torch.dtype,
 ) -> None:
     """Move `parameters`, `buffers` and `moments` in place."""
+    rows, columns = parameters[0].shape
     update = orthogonalise(nesterov(gradients, buffers, take, momentum), how, dtype).to(parameters[0].dtype)
     if moments:
-        update = even_out_neurons(update, moments, take, second_moment)
-    descend(parameters, update, rate if take is None else rate * take, weight_decay, cautious)
+        squares = update.square().mean(dim=-1, keepdim=True)
+        update = update * neuron_factors(squares, moments, take, second_moment)
+    descend(parameters, update, (rows, columns), rate if take is None else rate * take, weight_decay, cautious)
 
 
 def nesterov(gradients: list[Tensor], buffers: list[Tensor], take: Tensor | None, momentum: Scalar) -> Tensor:
@@ -54,28 +64,35 @@ def nesterov(gradients: list[Tensor], buffers: list[Tensor], take: Tensor | None
     return gradient.lerp_(buffer, momentum)
 
 
-def even_out_neurons(update: Tensor, moments: list[Tensor], take: Tensor | None, second_moment: Scalar) -> Tensor:
+def neuron_factors(squares: Tensor, moments: list[Tensor], take: Tensor | None, second_moment: Scalar) -> Tensor:
     """NorMuon (Li et al., 2025, https://arxiv.org/abs/2510.05491): rows that keep being moved far are held back.
 
-    Each row, a neuron, is divided by the root of the running mean of its squares, kept in `moments`, and each matrix
-    is brought back to the norm it had. (The paper brings it to 0.2 sqrt(rows * columns) instead: here `learning_rate`
-    keeps the meaning that it has without.) `update` is (count, rows, columns), and so is the result.
+    Each row of an update, a neuron, is to be divided by the root of the running mean of its squares, kept in `moments`,
+    and each matrix brought back to the norm it had. (The paper brings it to 0.2 sqrt(rows * columns) instead: here
+    `learning_rate` keeps the meaning that it has without.) `squares` (count, rows, 1) are the mean squares of the rows;
+    the factors have that shape.
     """
     gain = 1.0 - second_moment if take is None else (1.0 - second_moment) * take
-    squares = update.square().mean(dim=-1, keepdim=True)
     moment = torch.stack(moments).lerp_(squares, gain)
     torch._foreach_copy_(moments, moment.unbind())
     inverse = moment.clamp(min=1e-16).reciprocal()
     kept = squares.sum(dim=-2, keepdim=True) / (squares * inverse).sum(dim=-2, keepdim=True).clamp(min=1e-30)
-    return update * (inverse * kept).sqrt()
+    return (inverse * kept).sqrt()
 
 
-def descend(parameters: list[Tensor], update: Tensor, rate: Scalar, weight_decay: Scalar, cautious: bool) -> None:
-    """Move the parameters in place by `update` (count, rows, columns), and let them decay.
+def descend(
+    parameters: list[Tensor],
+    update: Tensor,
+    shape: tuple[int, int],
+    rate: Scalar,
+    weight_decay: Scalar,
+    cautious: bool,
+) -> None:
+    """Move the parameters, matrices of `shape` or parts of such, in place by `update`, and let them decay.
 
     `cautious` (Chen et al., 2025, https://arxiv.org/abs/2510.12402) spares the weights that the update makes larger.
     """
-    rows, columns = parameters[0].shape
+    rows, columns = shape
     if cautious:
         stack = torch.stack(parameters)
         decay = torch.where(stack * update >= 0, stack, 0.0).mul_(rate * weight_decay)
@@ -83,6 +100,73 @@ def descend(parameters: list[Tensor], update: Tensor, rate: Scalar, weight_decay
     elif isinstance(weight_decay, Tensor) or weight_decay > 0:
         torch._foreach_mul_(parameters, 1.0 - rate * weight_decay)
     torch._foreach_sub_(parameters, update.mul_(rate * max(1.0, rows / columns) ** 0.5).unbind())
+
+
+class Phases(NamedTuple):
+    """The functions of a step that is dealt, which may be compiled."""
+
+    nesterov: Callable[..., Tensor] = nesterov
+    orthogonalise: Callable[..., Tensor] = orthogonalise
+    neuron_factors: Callable[..., Tensor] = neuron_factors
+    descend: Callable[..., None] = descend
+
+
+class DealtStep:
+    """`muon_step` for matrices that are dealt, or parts of such: to be begun, orthogonalised, and finished.
+
+    `moments` are those of all rows of the whole matrices, the same on every process.
+    """
+
+    def __init__(
+        self,
+        dealing: Dealing,
+        phases: Phases,
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        buffers: list[Tensor],
+        moments: list[Tensor],
+        take: Tensor | None,
+        rate: Scalar,
+        weight_decay: Scalar,
+        momentum: Scalar,
+        second_moment: Scalar,
+        cautious: bool,
+        how: Iteration,
+        dtype: torch.dtype,
+    ) -> None:
+        self._dealing, self._phases, self._how, self._dtype = dealing, phases, how, dtype
+        self._parameters, self._moments, self._take = parameters, moments, take
+        self._rate, self._weight_decay, self._second_moment = rate, weight_decay, second_moment
+        self._cautious = cautious
+        self._nesterov = (gradients, buffers, take, momentum)
+        self._pending: Pending
+
+    def begin(self) -> None:
+        """Momentum, and off with it to those who own the matrices."""
+        update = self._phases.nesterov(*self._nesterov)
+        self._pending = self._dealing.to_owners(update if self._dealing.repeated else update.to(self._dtype))
+
+    def orthogonalise(self) -> None:
+        """What is owned, and off with it to all."""
+        owned = self._pending()
+        if len(owned):
+            owned = self._phases.orthogonalise(owned, self._how, self._dtype)
+        self._pending = self._dealing.from_owners(owned.to(self._dtype), len(self._parameters))
+
+    def finish(self) -> None:
+        """Move what is held here."""
+        update = self._pending().to(self._parameters[0].dtype)
+        if self._moments:
+            squares = self._dealing.mean_squares(update)
+            factors = self._phases.neuron_factors(squares, self._moments, self._take, self._second_moment)
+            update = update * self._dealing.own_rows(factors)
+        rate = self._rate if self._take is None else self._rate * self._take
+        shape, cautious = self._dealing.shape, self._cautious
+        self._phases.descend(self._parameters, update, shape, rate, self._weight_decay, cautious)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 class Muon(torch.optim.Optimizer):
@@ -110,6 +194,7 @@ class Muon(torch.optim.Optimizer):
         second_moment: float | None = None,
         cautious: bool = False,
         compiled: bool = False,
+        dealings: Mapping[Tensor, Dealing] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -124,9 +209,9 @@ class Muon(torch.optim.Optimizer):
         wrong = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim != 2]
         if wrong:
             raise ValueError(f"Muon takes matrices only, not parameters of shape {wrong[0]}")
-        self._step: Callable[..., None] = (
-            torch.compile(muon_step, fullgraph=True, dynamic=False) if compiled else muon_step
-        )
+        self._dealings = dealings or {}
+        self._step = _compiled(muon_step) if compiled else muon_step
+        self._phases = Phases(*map(_compiled, Phases())) if compiled else Phases()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -136,8 +221,10 @@ class Muon(torch.optim.Optimizer):
             stacks: dict[Any, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    stacks[parameter.shape, parameter.device, parameter.dtype].append(parameter)
-            for (_, device, _), parameters in stacks.items():
+                    dealing = self._dealings.get(parameter)
+                    stacks[dealing, parameter.shape, parameter.device, parameter.dtype].append(parameter)
+            dealt: list[DealtStep] = []
+            for (dealing, _, device, _), parameters in stacks.items():
                 scalars = [group["lr"], group["weight_decay"], group["momentum"], group["second_moment"] or 0.0]
                 take = None
                 if device.type != "cpu":
@@ -145,7 +232,7 @@ class Muon(torch.optim.Optimizer):
                     take = None if self.found_inf is None else 1.0 - self.found_inf
                 elif self.found_inf is not None and self.found_inf > 0:
                     continue
-                self._step(
+                arguments = (
                     parameters,
                     [parameter.grad for parameter in parameters],
                     [self._buffer(parameter) for parameter in parameters],
@@ -156,6 +243,13 @@ class Muon(torch.optim.Optimizer):
                     iteration(group["orthogonalisation"], group["steps"]),
                     torch.bfloat16 if has_fast_bfloat16(device) else torch.float32,
                 )
+                if dealing is None:
+                    self._step(*arguments)
+                else:
+                    dealt.append(DealtStep(dealing, self._phases, *arguments))
+            for phase in (DealtStep.begin, DealtStep.orthogonalise, DealtStep.finish):
+                for stack in dealt:
+                    phase(stack)
         return loss
 
     def _buffer(self, parameter: Tensor) -> Tensor:
@@ -168,6 +262,7 @@ class Muon(torch.optim.Optimizer):
     def _moment(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if "second_moment" not in state:
-            state["second_moment"] = torch.zeros_like(parameter[:, :1])
+            dealing = self._dealings.get(parameter)
+            state["second_moment"] = parameter.new_zeros(dealing.shape[0] if dealing else len(parameter), 1)
         moment: Tensor = state["second_moment"]
         return moment

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from config.training import TrainingConfig
 from training.adamw import CautiousAdamW
+from training.dealing import deal_matrices
+from training.layout import Layout
 from training.muon import Muon
 from training.shares import Share, drop_gradients, part_state, shares_of, whole_state
 
@@ -73,11 +75,13 @@ class Optimizers:
             part.load_state_dict({**part_state(part, saved, self.shares), "param_groups": own})
 
 
-def make_optimizers(model: nn.Module, training: TrainingConfig, compiled: bool = False) -> Optimizers:
+def make_optimizers(
+    model: nn.Module, training: TrainingConfig, compiled: bool = False, layout: Layout = Layout()
+) -> Optimizers:
     """AdamW for everything, or Muon for the hidden matrices and AdamW beside it.
 
     Weight decay falls on matrices only (embeddings and the head among them), never on norms and biases. AdamW runs
-    PyTorch's fused kernel; with `compiled`, Muon's step is compiled.
+    PyTorch's fused kernel; with `compiled`, Muon's step is compiled. All processes of `layout` must call this.
     """
     shares = shares_of(model)
     part_of = {share.whole: share.part for share in shares}
@@ -96,6 +100,7 @@ def make_optimizers(model: nn.Module, training: TrainingConfig, compiled: bool =
             second_moment=training.muon.second_moment,
             cautious=training.cautious_weight_decay,
             compiled=compiled,
+            dealings=deal_matrices(shares, layout),
         )
     adamw = training.adamw
     rates = {

@@ -82,7 +82,7 @@ def train(
             spread(model.to(process.device))
         model.set_gradient_checkpointing(training.gradient_checkpointing)
         model.z_loss = training.z_loss
-        optimizers = make_optimizers(model, training, compiled=compiling and process.device.type == "cuda")
+        optimizers = make_optimizers(model, training, compiling and process.device.type == "cuda", plan.layout)
         progress = Progress(samples=len(source), data_fingerprint=data_fingerprint)
         state: dict[str, Any] = {}
         if resume is not None:
