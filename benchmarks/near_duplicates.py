@@ -17,6 +17,8 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,7 +110,7 @@ def _write(folder: Path, size: float) -> tuple[list[tuple[str, str]], list[str],
         ids = [f"{documents + row:032x}" for row in range(len(batch))]
         runs.add(add_keys(pl.DataFrame({"source": [0] * len(batch), "id": ids, "text": batch}, schema=SCHEMA), 0))
 
-    with run_writer(folder / "all.arrow", None) as runs:
+    with run_writer(folder / "00000.arrow", None) as runs:
         for number, text in enumerate(_texts(size)):
             copies = [text]
             if number % PLANTED == 0 and (copy := _changed(text, number)) is not None:
@@ -140,22 +142,30 @@ def _round(
     """What one round measures, in MB per core-second or as a fraction."""
     from data.deduplication.near import BucketStage, ClusterStage, SignatureStage, bucket_cuts
     from data.deduplication.selection import Selection
+    from data.deduplication.tables import gather_starts
+    from data.pipeline.runs import Runs
 
     near = settings.near_deduplication
-    selection = Selection((folder.parent / "all.arrow",), settings)
+    selection = Selection(Runs(folder.parent, 1), settings)
     ranges, cuts = max(1, size >> 26), bucket_cuts(documents, near)
-    signed, pairs, removals = folder / "signatures", folder / "pairs", folder / "removals"
+    signed, starts, pairs, removals = (folder / each for each in ("signatures", "starts", "pairs", "removals"))
 
     def all_ranges(chosen: Selection) -> list[int]:
-        return [len(chosen.read(part, ranges).kept) for part in range(ranges)]
+        return [len(texts) for part in range(ranges) for texts in chosen.texts(part, ranges)]
+
+    def work(stage: Any, parts: int) -> None:
+        if stage.name == BucketStage.name:
+            gather_starts(signed, ranges, starts)
+        for part in range(parts):
+            stage.work(part, parts)
 
     stages: list[tuple[Any, int]] = [
         (SignatureStage(selection, near, cuts, signed), ranges),
-        (BucketStage(near, ranges, cuts, signed, pairs), near.num_buckets * cuts),
+        (BucketStage(near, ranges, cuts, signed, starts, pairs), near.num_buckets * cuts),
         (ClusterStage(near.num_buckets, ranges, cuts, signed, pairs, removals), 1),
     ]
-    seconds = [_time(lambda: [stage.work(part, parts) for part in range(parts)]) for stage, parts in stages]
-    final = Selection(selection.runs, settings, removals)
+    seconds = [_time(partial(work, stage, parts)) for stage, parts in stages]
+    final = replace(selection, near=removals)
     seconds.append(_time(lambda: all_ranges(final)))
     for name, taken in zip(("signatures", "buckets", "clusters", "filter"), seconds):
         yield f"ours: {name}, MB per core-second", size / 1e6 / taken
@@ -174,7 +184,7 @@ def _time(work: Callable[[], Any]) -> float:
 
 def _recall(selection: Selection, ranges: int, planted: list[tuple[str, str]]) -> float:
     """The share of planted pairs of which not both are left."""
-    left = {text for part in range(ranges) for text in selection.read(part, ranges).kept["text"]}
+    left = {text for part in range(ranges) for texts in selection.texts(part, ranges) for text in texts}
     return sum(not (one in left and other in left) for one, other in planted) / len(planted)
 
 

@@ -130,6 +130,18 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
             raise
 
 
+def scratch_file(path: Path) -> IO[bytes]:
+    """A file without a name for what does not fit into memory while `path` is made; gone once it is closed.
+
+    The end of the process closes it, however that comes. It lies on the disk of `path`, or on that of this machine
+    where `path` is one of a storage.
+    """
+    if is_remote(path):
+        return tempfile.TemporaryFile()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryFile(dir=path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, atomically."""
     with atomic_write(path, "w") as file:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from numpy.typing import NDArray
 
 from config.deduplication import NearDeduplicationConfig
 from config.load import load_config
-from data.deduplication.near import BucketStage, ClusterStage, SignatureStage, near_ranges, pair_path, row_type
+from data.deduplication.near import SIGNATURE_BYTES, BucketStage, ClusterStage, SignatureStage, pair_path
 from data.deduplication.selection import Selection, removal_path
 from data.deduplication.signatures import signatures
-from data.deduplication.tables import borders, read_rows
+from data.deduplication.tables import borders, gather_starts, read_rows
 from data.deduplication.words import folding, hash_words
 from data.pipeline.executor import Workers, run_stage
 from data.pipeline.keys import add_keys, in_order
-from data.pipeline.runs import run_writer
+from data.pipeline.runs import Runs, run_writer
 from data.texts import texts_of
 from tests.test_pipeline import frame
 
@@ -211,28 +212,40 @@ def documents() -> pl.DataFrame:
     return add_keys(frame(*texts), 3)
 
 
-def write_runs(folder: Path, keyed: pl.DataFrame, tasks: int) -> Selection:
+def write_runs(folder: Path, keyed: pl.DataFrame, tasks: int, ranges: int = 1) -> Selection:
     """The corpus as the first stage leaves it."""
-    paths = [folder / f"{task:05d}.arrow" for task in range(tasks)]
-    for task, path in enumerate(paths):
-        with run_writer(path, None) as runs:
-            runs.add(keyed.gather_every(tasks, task))
-    return Selection(tuple(paths), SETTINGS)
+    runs = Runs(folder, tasks)
+    for task in range(tasks):
+        with run_writer(runs.path(task), None) as writer:
+            writer.add(keyed.gather_every(tasks, task))
+    return Selection(runs, SETTINGS, ranges)
 
 
-def find(folder: Path, config: NearDeduplicationConfig, tasks: int, ranges: int, cuts: int) -> list[str]:
+def texts_left(selection: Selection, parts: int) -> list[str]:
+    """The texts of a selection, in order."""
+    return [text for part in range(parts) for texts in selection.texts(part, parts) for text in texts]
+
+
+def find(
+    folder: Path,
+    config: NearDeduplicationConfig,
+    tasks: int,
+    parts: int,
+    cuts: int,
+    ranges: int = 1,
+    most: int = SIGNATURE_BYTES,
+) -> list[str]:
     """The texts that are left, in order; all files of the stages stay in `folder`."""
-    selection = write_runs(folder, documents(), tasks)
-    signed, pairs, removals = folder / "signatures", folder / "pairs", folder / "removals"
+    selection = write_runs(folder, documents(), tasks, ranges)
+    signed, starts, pairs, removals = (folder / name for name in ("signatures", "starts", "pairs", "removals"))
     with Workers(1) as workers:
-        run_stage(SignatureStage(selection, config, cuts, signed), ranges, workers, folder / "log/0")
-        run_stage(
-            BucketStage(config, ranges, cuts, signed, pairs), config.num_buckets * cuts, workers, folder / "log/1"
-        )
-        last = ClusterStage(config.num_buckets, ranges, cuts, signed, pairs, removals)
+        run_stage(SignatureStage(selection, config, cuts, signed, most), parts, workers, folder / "log/0")
+        gather_starts(signed, parts, starts)
+        buckets = BucketStage(config, parts, cuts, signed, starts, pairs)
+        run_stage(buckets, config.num_buckets * cuts, workers, folder / "log/1")
+        last = ClusterStage(config.num_buckets, parts, cuts, signed, pairs, removals)
         run_stage(last, 1, workers, folder / "log/2")
-    final = Selection(selection.runs, SETTINGS, removals)
-    return [text for part in range(ranges) for text in final.read(part, ranges).kept["text"]]
+    return texts_left(replace(selection, near=removals), parts)
 
 
 class TestStages:
@@ -253,12 +266,16 @@ class TestStages:
     def test_any_cut_gives_the_same(self, tmp_path: Path, config: NearDeduplicationConfig) -> None:
         whole = find(tmp_path / "whole", config, 1, 1, 1)
         assert find(tmp_path / "cut", config, 3, 7, 5) == whole
+        assert find(tmp_path / "ranges", config, 2, 2, 5, ranges=4) == whole
 
-    def test_memory_bounds_the_ranges(self) -> None:
-        for documents_, config in ((10_000_000, NEAR), (1000, NEAR.model_copy(update={"hashes_per_bucket": 10_000}))):
-            ranges = near_ranges(documents_, config)
-            assert documents_ / ranges * row_type(config).itemsize * config.num_buckets <= 128 << 20
-        assert near_ranges(0, NEAR) == 0
+    def test_signatures_that_exceed_memory_are_the_same(self, tmp_path: Path) -> None:
+        """In all 130 kB of them, of which 20 are held."""
+        whole = find(tmp_path / "whole", NEAR, 1, 2, 3, ranges=9)
+        assert find(tmp_path / "little", NEAR, 1, 2, 3, ranges=9, most=20_000) == whole
+        files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole/signatures").rglob("*.*")]
+        assert len(files) == 2 * (14 + 2)
+        for file in files:
+            assert (tmp_path / "little" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
     @pytest.mark.parametrize("config", [NEAR, SHORT], ids=["64", "32"])
     def test_datatrove_reads_the_signatures_and_finds_the_same(
@@ -274,8 +291,8 @@ class TestStages:
             MinhashDedupFilter,
         )
 
-        ranges = 4
-        ours = find(tmp_path, config, 2, ranges, 1)
+        parts = 4
+        ours = find(tmp_path, config, 2, parts, 1, ranges=2)
         theirs = MinhashConfig(5, 14, 8, hash_config=HashConfig(precision=config.precision))
         pairs, removals = str(tmp_path / "their pairs"), str(tmp_path / "their removals")
         for bucket in range(14):
@@ -285,11 +302,12 @@ class TestStages:
         assert sum(path.stat().st_size for path in Path(pairs).iterdir()) > 16 * 60
         MinhashDedupCluster(pairs, removals, config=theirs).run(None, 0, 1)
         counts, kept = [], []
-        for part in range(ranges):
-            texts = write_runs(tmp_path, documents(), 2).read(part, ranges).kept["text"]
+        selection = write_runs(tmp_path, documents(), 2, ranges=2)
+        for part in range(parts):
+            texts = chain.from_iterable(selection.texts(part, parts))
             counts.append(removal_count(Path(removals) / f"{part:06d}.remove"))
             pipeline = iter(Document(text=text, id=str(row)) for row, text in enumerate(texts))
-            filtered = MinhashDedupFilter(str(tmp_path / "removals")).run(pipeline, part, ranges)
+            filtered = MinhashDedupFilter(str(tmp_path / "removals")).run(pipeline, part, parts)
             kept += [document.text for document in filtered]
         assert kept == ours
         assert sum(counts) == sum(len(read_rows(removal_path(tmp_path / "removals", n), DOCUMENT)) for n in range(4))

@@ -22,8 +22,7 @@ from data.pipeline.clean import clean, cleaner
 from data.pipeline.executor import Workers, run_stage
 from data.pipeline.keys import add_keys, drop_duplicates, in_order, key_range
 from data.pipeline.rules import apply_rules, length_rules
-from data.pipeline.runs import RUN_SCHEMA, read_range, run_writer
-from data.pipeline.shards import Passes, assemble, encode_documents, plan_files, write_shard
+from data.pipeline.shards import Passes, assemble, encode_documents, plan_files, shard_writer
 from data.pipeline.split import choose_split, cut_position, decisive, divide, enough_documents
 from data.tokenization import Tokenizer
 from tests.recorder import Recorder
@@ -123,40 +122,6 @@ class TestKeys:
         assert all(one[1] + 1 == other[0] for one, other in zip(edges, edges[1:]))
 
 
-class TestRuns:
-    @given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 4), st.integers(1, 5), st.integers(1, 300))
-    @settings(max_examples=30, deadline=None)
-    def test_any_cut_gives_the_same_order(self, numbers: list[int], tasks: int, ranges: int, run_bytes: int) -> None:
-        import tempfile
-
-        documents = add_keys(frame(*[f"text number {number}" for number in numbers]), 5)
-        expected, expected_dropped = drop_duplicates(in_order(documents.select(list(RUN_SCHEMA))))
-        dropped: list[pl.DataFrame] = []
-        with tempfile.TemporaryDirectory() as folder:
-            paths = [Path(folder) / f"{task}.arrow" for task in range(tasks)]
-            for task, path in enumerate(paths):
-                share = documents.gather_every(tasks, task) if task < len(documents) else documents.clear()
-                with run_writer(path, dropped.append, run_bytes) as runs:
-                    for batch in share.iter_slices(3):
-                        runs.add(batch)
-            merged = [drop_duplicates(read_range(paths, *key_range(part, ranges))) for part in range(ranges)]
-        assert pl.concat([kept for kept, _ in merged]).equals(expected)
-        assert sum(map(len, dropped)) + sum(len(more) for _, more in merged) == len(expected_dropped)
-
-    def test_a_range_reads_only_its_blocks(self, tmp_path: Path) -> None:
-        """Twelve blocks of one run; damage to the last one is not noticed by who needs the first."""
-        texts = [f"{number} " + "x" * 30_000 + str(number) for number in range(100)]
-        path = tmp_path / "a.arrow"
-        with run_writer(path, None) as runs:
-            runs.add(add_keys(frame(*texts), 0))
-        edges = np.load(path.with_suffix(".npy"))
-        assert len(edges) >= 10
-        assert (edges[1:, 0] > edges[:-1, 1]).all()
-        first = read_range([path], 0, int(edges[0, 1]))
-        assert 1 < len(first) < 15
-        assert len(read_range([path], 0, 2**64 - 1)) == 100
-
-
 class TestSplit:
     def test_share_of_documents(self) -> None:
         documents = add_keys(frame(*[f"text {number}" for number in range(4000)]), 0)
@@ -227,15 +192,11 @@ class TestShards:
             for number, size in enumerate(sizes):
                 texts = [f"{number} {'word ' * row}" for row in range(size)]
                 shards.append(folder / str(number))
-                write_shard(
-                    shards[-1],
-                    "train",
-                    add_keys(frame(*texts), 0),
-                    tokenizer,
-                    np.dtype("uint16"),
-                    batch,
-                    lambda documents: None,
-                )
+                with shard_writer(
+                    shards[-1], "train", tokenizer, np.dtype("uint16"), batch, lambda documents: None
+                ) as add:
+                    for some in add_keys(frame(*texts), 0).iter_slices(3):
+                        add(some)
                 for text in texts:
                     expected += [*tokenizer.encode(text), tokenizer.end_of_text_id]
                     expected_ends.append(len(expected))

@@ -24,20 +24,23 @@ from config.files import (
 from config.schema import DataConfig
 from data.pipeline.executor import executor_for
 from data.pipeline.preparation import expected_documents, fingerprint, present, raw_manifests
+from data.pipeline.runs import Scale
 from data.pipeline.stages import WriteStage
 from data.pipeline.work import OUTPUT, PAGE, Show, Work
 from data.tokenization import load_tokenizer
 from data.tokens import TokensManifest
 
 DRY_RUN_PAGE = "dry-run.html"
+LAYOUT = 2  # of the unfinished work; raised whenever it changes, so that none is continued by another version
 
 
-def preprocess(data: DataConfig, *, force: bool, show: Show) -> tuple[TokensManifest, bool]:
+def preprocess(data: DataConfig, *, force: bool, show: Show, scale: Scale = Scale()) -> tuple[TokensManifest, bool]:
     """Bring `data.tokens_dir` up to date; its manifest, and whether there was anything to do.
 
     Args:
         force: begin anew even if the files are there.
         show: called with the name of the running stage, and how many documents' worth of how many is done.
+        scale: from what size on text is sorted in several steps; makes no difference to the files.
 
     Raises `UserError` for what the user can put right; then the old token files are as they were.
     """
@@ -53,13 +56,13 @@ def preprocess(data: DataConfig, *, force: bool, show: Show) -> tuple[TokensMani
         if manifest is not None and not force:
             remove_directory(partial)
             return manifest, False
-        key = hashlib.sha256(f"{identity} {data.preprocess.tasks}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{identity} {data.preprocess.tasks} {LAYOUT}".encode()).hexdigest()[:16]
         for other in partial.iterdir() if partial.is_dir() else ():
             if force or other.name != key:
                 remove_directory(other)
         documents = expected_documents(raw)
         with executor_for(data) as workers, disk_errors(partial / key):
-            work = Work(data, tokenizer, documents, partial / key, workers, show)
+            work = Work(data, tokenizer, documents, partial / key, workers, show, scale=scale)
             if not (work.folder / OUTPUT).exists():
                 remove_directory(work.folder / "log" / WriteStage.name)
             manifest = work.run(identity)

@@ -1,13 +1,14 @@
-"""Shards: the tokens of one key range, and their assembly into token files.
+"""Shards: the tokens of one part of the corpus, and their assembly into token files.
 
 A shard holds for each split the flat tokens (`train.bin`) and what is to be known of every document (`train.npy`, a
-`TABLE`). Shards in the order of their ranges are the corpus in its order.
+`TABLE`). Shards in the order of their parts are the corpus in its order.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -38,32 +39,37 @@ def encode_documents(
     return tokens, ends
 
 
-def write_shard(
+@contextmanager
+def shard_writer(
     folder: Path,
     split: Split,
-    frame: pl.DataFrame,
     tokenizer: Tokenizer,
     dtype: np.dtype[Any],
     batch_documents: int,
     advance: Callable[[int], None],
-) -> None:
-    """Tokenize the column `text` batch by batch into the shard in `folder`; `advance` gets the documents done.
+) -> Iterator[Callable[[pl.DataFrame], None]]:
+    """Write documents as the shard in `folder`; gives what takes their frames, one after the other.
 
-    The frame has the columns `source` and `split`, too, as keyed documents do.
+    Their column `text` is tokenized batch by batch, and `advance` gets the documents done. The frames have the columns
+    `source` and `split`, too, as keyed documents do.
     """
-    table = np.zeros(len(frame), TABLE)
-    table["bytes"] = frame["text"].str.len_bytes().to_numpy()
-    table["source"], table["split"] = frame["source"].to_numpy(), frame["split"].to_numpy()
-    done = 0
+    tables = [np.zeros(0, TABLE)]
     with atomic_write(folder / f"{split}.bin") as file:
-        for first, last in _slices(np.cumsum(table["bytes"], dtype=np.uint64), batch_documents):
-            tokens, ends = encode_documents(frame["text"][first:last].to_list(), tokenizer, dtype)
-            file.write(tokens.astype(dtype.newbyteorder("<"), copy=False).data)
-            table["tokens"][first:last] = np.diff(ends, prepend=0)
-            advance(last - done)
-            done = last
+
+        def add(frame: pl.DataFrame) -> None:
+            table = np.zeros(len(frame), TABLE)
+            table["bytes"] = frame["text"].str.len_bytes().to_numpy()
+            table["source"], table["split"] = frame["source"].to_numpy(), frame["split"].to_numpy()
+            for first, last in _slices(np.cumsum(table["bytes"], dtype=np.uint64), batch_documents):
+                tokens, ends = encode_documents(frame["text"][first:last].to_list(), tokenizer, dtype)
+                file.write(tokens.astype(dtype.newbyteorder("<"), copy=False).data)
+                table["tokens"][first:last] = np.diff(ends, prepend=0)
+                advance(last - first)
+            tables.append(table)
+
+        yield add
     with atomic_write(folder / f"{split}.npy") as file:
-        np.save(file, table)
+        np.save(file, np.concatenate(tables))
 
 
 def read_table(shard: Path, split: Split) -> NDArray[Any]:

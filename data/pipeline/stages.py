@@ -1,9 +1,10 @@
 """The stages that every corpus goes through, as pipeline steps: clean, tokenize, write.
 
-1. `CleanStage`, a share of the raw documents per task: mend, judge by the rules, hash, write as sorted runs.
-2. What looks for repetition beyond equal documents (`data.deduplication`), then `SurvivorStage`.
-3. `TokenizeStage`, a range of hashes per task: merge the runs, drop duplicates, divide, tokenize, write a shard.
-4. `WriteStage`, a token file per task: put it together from the shards.
+1. `CleanStage`, a share of the raw documents per task: mend, judge by the rules, hash, write in the order of hashes.
+2. `MergeStage`, a part of the corpus per task, where there are many: their files become one for each part.
+3. What looks for repetition beyond equal documents (`data.deduplication`), then `SurvivorStage`.
+4. `TokenizeStage`, a part of the corpus per task: drop duplicates, divide, tokenize, write a shard.
+5. `WriteStage`, a token file per task: put it together from the shards.
 
 What stands in the files after a stage is a function of the documents and the settings; which task did it, in which
 order and how often, leaves no trace.
@@ -18,24 +19,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from config.errors import UserError
 from config.files import location, write_text
 from config.schema import DataConfig
-from data.deduplication.selection import Selection, count_trimmed
+from data.deduplication.selection import Selected, Selection, count_trimmed
 from data.documents import BadRecord
-from data.funnel import Count, Funnel
+from data.funnel import Funnel
 from data.pipeline.bad_records import write_quarantine
 from data.pipeline.batches import count_by, count_dropped, read_batches, text_bytes
 from data.pipeline.clean import clean
 from data.pipeline.executor import Stage, advance
-from data.pipeline.keys import add_keys
+from data.pipeline.keys import add_keys, key_range
 from data.pipeline.language import RULE as LANGUAGE
 from data.pipeline.language import check_languages, in_other_language
 from data.pipeline.rules import apply_rules, length_rules
-from data.pipeline.runs import run_writer
-from data.pipeline.shards import FilePlan, assemble, write_shard
+from data.pipeline.runs import RUN_BYTES, RunReader, Runs, run_writer
+from data.pipeline.shards import FilePlan, assemble, shard_writer
 from data.pipeline.split import HeldOut, decisive, divide
 from data.pipeline.survey import Survey, see_dropped, see_kept
 from data.tokenization import load_tokenizer
@@ -55,13 +57,23 @@ class CleanReport(BaseModel):
 
 
 class CleanStage(Stage):
-    """Raw documents to sorted runs (`00000.arrow`), bad records (`00000.jsonl`) and a report (`00000.json`)."""
+    """Raw documents to sorted files (`00000.arrow` in `runs`), bad records (`00000.jsonl`), a report (`00000.json`)."""
 
     name = "clean"
 
-    def __init__(self, data: DataConfig, folder: Path, evaluation: Path | None = None, most: int | None = None) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        folder: Path,
+        runs: Path,
+        evaluation: Path | None = None,
+        most: int | None = None,
+        run_bytes: int = RUN_BYTES,
+    ) -> None:
         """`evaluation` is the table of n-grams that documents may not hold; `most` records are read per source."""
         super().__init__()
+        self.runs = runs
+        self.run_bytes = run_bytes
         self.most = most
         self.data = data
         self.folder = folder
@@ -86,7 +98,7 @@ class CleanStage(Stage):
             see_dropped(surveys, frame)
 
         duplicates = drop if settings.exact_deduplication else None
-        with run_writer(self.folder / f"{part:05d}.arrow", duplicates) as runs:
+        with run_writer(self.runs / f"{part:05d}.arrow", duplicates, self.run_bytes) as runs:
             for frame in read_batches(self.data, part, parts, bad.append, self.most):
                 documents = len(frame)
                 funnel = funnels[frame["source"][0]]
@@ -130,8 +142,28 @@ class CleanStage(Stage):
         write_text(self.folder / f"{part:05d}.json", report.model_dump_json())
 
 
+class MergeStage(Stage):
+    """The sorted files of many tasks to one for each part of the corpus (`00000.arrow`)."""
+
+    name = "merge"
+
+    def __init__(self, runs: Runs, folder: Path, run_bytes: int = RUN_BYTES) -> None:
+        super().__init__()
+        self.runs = runs
+        self.folder = folder
+        self.run_bytes = run_bytes
+
+    def work(self, part: int, parts: int) -> None:
+        with run_writer(self.folder / f"{part:05d}.arrow", None, self.run_bytes) as merged:
+            for path in self.runs.of(part):
+                with RunReader([path]) as reader:
+                    for frame in reader.frames(*key_range(part, parts)):
+                        merged.add(frame)
+                        advance(len(frame))
+
+
 class SurvivorReport(BaseModel):
-    """The decisive split hashes of the documents of one range that are left."""
+    """The decisive split hashes of the documents of one part that are left."""
 
     hashes: list[int]
 
@@ -148,10 +180,16 @@ class SurvivorStage(Stage):
         self.folder = folder
 
     def work(self, part: int, parts: int) -> None:
-        hashes = self.selection.read(part, parts).kept["split"].to_numpy()
-        report = SurvivorReport(hashes=decisive(hashes, self.fraction).tolist())
+        hashes = np.empty(0, np.uint64)
+        for split in map(_split_hashes, self.selection.read(part, parts)):
+            hashes = decisive(np.append(hashes, split), self.fraction)
+            advance(len(split))
+        report = SurvivorReport(hashes=hashes.tolist())
         write_text(self.folder / f"{part:05d}.json", report.model_dump_json())
-        advance(len(hashes))
+
+
+def _split_hashes(selected: Selected) -> NDArray[np.uint64]:
+    return selected.kept["split"].to_numpy()
 
 
 class ShardReport(BaseModel):
@@ -162,7 +200,7 @@ class ShardReport(BaseModel):
 
 
 class TokenizeStage(Stage):
-    """Sorted runs to shards (`00000/train.bin` ...) and a report (`00000.json`)."""
+    """Sorted files to shards (`00000/train.bin` ...) and a report (`00000.json`)."""
 
     name = "tokenize"
 
@@ -187,22 +225,28 @@ class TokenizeStage(Stage):
 
     def work(self, part: int, parts: int) -> None:
         tokenizer = _tokenizer(self.data.tokenizer_dir, self.data.tokenizer.encoder, self.tokenizer_fingerprint)
-        funnels = [Funnel() for _ in self.data.use]
-        surveys = [Survey() for _ in self.data.use]
-        selected = self.selection.read(part, parts)
-        frame = selected.kept
+        report = ShardReport(funnels=[Funnel() for _ in self.data.use], surveys=[Survey() for _ in self.data.use])
+        shard = self.folder / f"{part:05d}"
+        how = (tokenizer, np.dtype(self.dtype), self.data.preprocess.batch_documents, advance)
+        with shard_writer(shard, "train", *how) as add_train, shard_writer(shard, "val", *how) as add_validation:
+            for selected in self.selection.read(part, parts):
+                self._account(report, selected)
+                train, validation = divide(selected.kept, self.split)
+                del selected  # or two ranges would be in memory at once
+                add_train(train)
+                add_validation(validation)
+                del train, validation
+        write_text(self.folder / f"{part:05d}.json", report.model_dump_json())
+
+    def _account(self, report: ShardReport, selected: Selected) -> None:
+        """Enter what was dropped and kept of a range."""
+        funnels, surveys = report.funnels, report.surveys
         count_dropped(funnels, selected.dropped)
         see_dropped(surveys, selected.dropped)
-        see_kept(surveys, frame, self.surveyed)
+        see_kept(surveys, selected.kept, self.surveyed)
         count_trimmed(funnels, selected, self.data.preprocess.line_deduplication.unit)
-        for source, documents, size in count_by(frame, "source"):
-            funnels[source].kept = Count(documents=documents, bytes=size)
-        train, validation = divide(frame, self.split)
-        batch, dtype = self.data.preprocess.batch_documents, np.dtype(self.dtype)
-        shard = self.folder / f"{part:05d}"
-        write_shard(shard, "train", train, tokenizer, dtype, batch, advance)
-        write_shard(shard, "val", validation, tokenizer, dtype, batch, advance)
-        write_text(self.folder / f"{part:05d}.json", ShardReport(funnels=funnels, surveys=surveys).model_dump_json())
+        for source, documents, size in count_by(selected.kept, "source"):
+            funnels[source].kept.add(documents, size)
 
 
 @lru_cache(maxsize=1)

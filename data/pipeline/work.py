@@ -6,17 +6,15 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from config.errors import UserError
-from config.files import atomic_write, write_text
+from config.files import atomic_write, remove_directory, write_text
 from config.schema import DataConfig
-from data.deduplication.near import near_ranges
 from data.deduplication.selection import Selection
 from data.deduplication.steps import find_near_duplicates, find_repeated_lines
 from data.funnel import Funnel, total
@@ -27,11 +25,13 @@ from data.pipeline.page import page
 from data.pipeline.preparation import recorded_settings
 from data.pipeline.progress import stage_shares
 from data.pipeline.report import SPLITS, markdown
+from data.pipeline.runs import Runs, Scale
 from data.pipeline.shards import FilePlan, Passes, plan_files
 from data.pipeline.split import HeldOut, choose_split
 from data.pipeline.stages import (
     CleanReport,
     CleanStage,
+    MergeStage,
     ShardReport,
     SurvivorReport,
     SurvivorStage,
@@ -45,7 +45,7 @@ from data.tokens import MANIFEST, Split, TokenFile, TokensManifest, token_dtype
 if TYPE_CHECKING:
     from data.tokenization.protocol import Tokenizer
 
-RANGE_BYTES = 64 << 20  # of text that a task of the second stage holds in memory
+TASKS_TO_A_PART = 4
 QUARANTINE = "quarantine.jsonl"
 REPORT = "report.md"
 PAGE = "report.html"
@@ -54,6 +54,30 @@ OUTPUT = "output"
 EVALUATION = "evaluation.npz"
 
 Show = Callable[[str, int, int], None]
+
+
+class Account(NamedTuple):
+    """What the stages tell of each source: the documents counted, and some of them seen."""
+
+    funnels: list[Funnel]
+    surveys: list[Survey]
+
+    def add(self, report: CleanReport | ShardReport) -> None:
+        """Enter what one task tells."""
+        for funnel, counted in zip(self.funnels, report.funnels):
+            funnel.add(counted)
+        for survey, seen in zip(self.surveys, report.surveys):
+            survey.add(seen)
+
+
+def parts_for(size: int, tasks: int, scale: Scale = Scale()) -> tuple[int, int]:
+    """Into how many parts a corpus of `size` bytes is cut, of which each is a task of the later stages.
+
+    And into how many ranges each of them, so that one can be held in memory.
+    """
+    ranges = max(tasks, math.ceil(size / scale.range_bytes))
+    parts = min(ranges, max(scale.parts, math.ceil(tasks / TASKS_TO_A_PART)))
+    return parts, math.ceil(ranges / parts)
 
 
 @dataclass(frozen=True)
@@ -68,14 +92,17 @@ class Work:
     show: Show
     sample: int | None = None
     """Records to read, of all sources together; None for all there are."""
+    scale: Scale = Scale()
 
     def run(self, identity: str) -> TokensManifest:
         """Do what is left to do of the stages; leaves the complete token folder as `output`."""
-        funnels, hashes = self._clean()
-        ranges = self._ranges(funnels)
-        selection, hashes = self._deduplicate(funnels, hashes, ranges)
+        account, hashes = self._clean()
+        funnels = account.funnels
+        parts, ranges = parts_for(_remaining(funnels)[1], self.data.preprocess.tasks, self.scale)
+        selection = Selection(self._merge(funnels, parts), self.data.preprocess, ranges)
+        selection, hashes = self._deduplicate(selection, funnels, hashes, parts)
         held_out = choose_split(hashes, self.data.preprocess.validation_fraction)
-        shards = self._tokenize(funnels, held_out, selection, ranges)
+        shards = self._tokenize(account, held_out, selection, parts)
         mixed = plan_passes(self.data.preprocess.mixture, self.data.use, shards)
         passes: dict[Split, Passes] = {"train": mixed, "val": Passes.once(len(funnels))}
         sources = dict(zip(self.data.use, source_tokens(shards, mixed)))
@@ -98,25 +125,11 @@ class Work:
         )
         for split in SPLITS:
             assert manifest.tokens(split) == sum(getattr(source, split).tokens for source in sources.values())
-        self._publish(manifest, self._surveys(ranges))
+        self._publish(manifest, dict(zip(self.data.use, account.surveys)))
         return manifest
 
-    def _surveys(self, ranges: int) -> dict[str, Survey]:
-        """What the stages saw of each source."""
-        surveys = {name: Survey() for name in self.data.use}
-        clean = _reports(self.folder / "clean", self.data.preprocess.tasks)
-        shards = _reports(self.folder / "shards", ranges)
-        seen = chain(
-            (CleanReport.model_validate_json(text).surveys for text in clean),
-            (ShardReport.model_validate_json(text).surveys for text in shards),
-        )
-        for of_sources in seen:
-            for survey, more in zip(surveys.values(), of_sources):
-                survey.add(more)
-        return surveys
-
-    def _clean(self) -> tuple[list[Funnel], NDArray[np.uint64]]:
-        """The first stage: the funnel of every source, duplicates between tasks still in it; decisive split hashes."""
+    def _clean(self) -> tuple[Account, NDArray[np.uint64]]:
+        """The first stage: the account of every source, duplicates between tasks still in it; decisive split hashes."""
         settings, folder = self.data.preprocess, self.folder / "clean"
         evaluation = self.folder / EVALUATION if settings.decontamination.sets else None
         if evaluation is not None and not evaluation.exists():
@@ -124,54 +137,74 @@ class Work:
 
             build_grams(settings.decontamination).save(evaluation)
         most = None if self.sample is None else math.ceil(self.sample / len(self.data.use) / settings.tasks)
-        self._stage(CleanStage(self.data, folder, evaluation, most), settings.tasks, self.documents)
-        reports = [CleanReport.model_validate_json(text) for text in _reports(folder, settings.tasks)]
-        funnels = [total(each) for each in zip(*[report.funnels for report in reports])]
+        self._stage(
+            CleanStage(self.data, folder, self._runs.folder, evaluation, most, self.scale.run_bytes),
+            settings.tasks,
+            self.documents,
+        )
+        account = Account([Funnel() for _ in self.data.use], [Survey() for _ in self.data.use])
+        hashes = []
+        for text in _reports(folder, settings.tasks):
+            report = CleanReport.model_validate_json(text)
+            account.add(report)
+            hashes.append(np.array(report.hashes, np.uint64))
         parts = [folder / f"{part:05d}.jsonl" for part in range(settings.tasks)]
         merge_quarantine(parts, self.folder / QUARANTINE)
-        self._check_readable(funnels)
-        _check_something_left(funnels)
-        return funnels, np.array([value for report in reports for value in report.hashes], np.uint64)
+        for funnel in account.funnels:
+            funnel.sort()
+        self._check_readable(account.funnels)
+        _check_something_left(account.funnels)
+        return account, np.concatenate(hashes)
 
-    def _ranges(self, funnels: list[Funnel]) -> int:
-        """Into how many key ranges the corpus is cut, so that a task can hold one in memory."""
-        settings, (documents, size) = self.data.preprocess, _remaining(funnels)
-        near = settings.near_deduplication
-        needed = near_ranges(documents, near) if near.enabled else 1
-        return max(settings.tasks, math.ceil(size / RANGE_BYTES), needed)
+    @property
+    def _runs(self) -> Runs:
+        """The files of the first stage."""
+        return Runs(self.folder / "runs", self.data.preprocess.tasks)
+
+    @property
+    def _merged(self) -> bool:
+        """Whether these are too many to be read by the later stages."""
+        return self.data.preprocess.tasks > self.scale.direct_files
+
+    def _merge(self, funnels: list[Funnel], parts: int) -> Runs:
+        """The sorted files for the later stages."""
+        if not self._merged:
+            return self._runs
+        merged = Runs(self.folder / "merged", parts, by_part=True)
+        stage = MergeStage(self._runs, merged.folder, self.scale.run_bytes)
+        self._stage(stage, parts, _remaining(funnels)[0])
+        remove_directory(self._runs.folder)
+        return merged
 
     def _deduplicate(
-        self, funnels: list[Funnel], hashes: NDArray[np.uint64], ranges: int
+        self, selection: Selection, funnels: list[Funnel], hashes: NDArray[np.uint64], parts: int
     ) -> tuple[Selection, NDArray[np.uint64]]:
         """The stages between: what is left of the corpus, and the decisive split hashes of that."""
         settings, (documents, size) = self.data.preprocess, _remaining(funnels)
-        runs = tuple(self.folder / "clean" / f"{part:05d}.arrow" for part in range(settings.tasks))
-        selection = Selection(runs, settings)
 
         def run(stage: Stage, tasks: int) -> None:
             self._stage(stage, tasks, documents)
 
         if settings.near_deduplication.enabled:
-            selection = find_near_duplicates(selection, ranges, documents, self.folder / "near", run)
+            selection = find_near_duplicates(selection, parts, documents, self.folder / "near", run)
         if settings.line_deduplication.unit != "off":
-            selection = find_repeated_lines(selection, ranges, size, self.folder / "lines", run)
+            selection = find_repeated_lines(selection, parts, size, self.folder / "lines", run)
         if selection.near is None and selection.lines is None:
             return selection, hashes
         folder = self.folder / "survivors"
-        run(SurvivorStage(selection, settings.validation_fraction, folder), ranges)
-        reports = [SurvivorReport.model_validate_json(text) for text in _reports(folder, ranges)]
+        run(SurvivorStage(selection, settings.validation_fraction, folder), parts)
+        reports = [SurvivorReport.model_validate_json(text) for text in _reports(folder, parts)]
         return selection, np.array([value for report in reports for value in report.hashes], np.uint64)
 
-    def _tokenize(self, funnels: list[Funnel], split: HeldOut, selection: Selection, parts: int) -> list[Path]:
-        """The shards in order; completes the funnels."""
-        folder = self.folder / "shards"
+    def _tokenize(self, account: Account, split: HeldOut, selection: Selection, parts: int) -> list[Path]:
+        """The shards in order; completes the account."""
+        folder, funnels = self.folder / "shards", account.funnels
         documents, _ = _remaining(funnels)
         surveyed = KEPT_SAMPLES / total(funnels).read.documents
         stage = TokenizeStage(self.data, self.tokenizer, split, selection, surveyed, folder)
         self._stage(stage, parts, documents)
         for text in _reports(folder, parts):
-            for funnel, more in zip(funnels, ShardReport.model_validate_json(text).funnels):
-                funnel.add(more)
+            account.add(ShardReport.model_validate_json(text))
         for funnel in funnels:
             funnel.sort()
             funnel.check()
@@ -214,7 +247,7 @@ class Work:
     def _stage(self, stage: Stage, tasks: int, documents: int) -> None:
         """Run one stage and show how far the whole is while it goes."""
         name = str(stage.name)
-        shares = stage_shares(self.data.preprocess)
+        shares = stage_shares(self.data.preprocess, self._merged)
         begun = sum(share for other, share in list(shares.items())[: list(shares).index(name)])
         done = 0
 
