@@ -10,11 +10,12 @@ import typer
 from config.command import Overrides, PrintConfig, Recipe, command_line, resolve, run, size_of
 
 if TYPE_CHECKING:
-    from config.schema import DataConfig
+    from config.schema import DataConfig, PreprocessConfig
     from data.pipeline.calibration import Measured
 
 TASK_SECONDS = 600  # long enough that starting does not count, short enough that one more is no loss
 TASKS_PER_CORE = 4
+MOST_FILES = 100_000_000  # that one run should open
 
 Size = Annotated[
     list[str], typer.Option("--size", help="Text to preprocess, uncompressed; may be given several times.")
@@ -31,7 +32,7 @@ def data(
     overrides: Overrides = None,
     sizes: Size = ["1TB", "100TB"],
     cores: Cores = 64,
-    sample: Sample = "80MB",
+    sample: Sample = "200MB",
     speed: Speed = None,
     recipe: Recipe = None,
     print_config: PrintConfig = False,
@@ -51,7 +52,7 @@ def data(
     measured = calibrate(config.data, sample_bytes)
     if speed:
         measured = measured._replace(bytes_per_second=speed * 1e6)
-    _print(measured, bytes_of, cores, given=bool(speed))
+    _print(measured, bytes_of, cores, config.data.preprocess, given=bool(speed))
     print(f"Next: {_next_command(recipe, overrides or [], config.data, measured, bytes_of[0], cores)}")
 
 
@@ -60,7 +61,30 @@ def tasks_for(size: int, cores: int, bytes_per_second: float) -> int:
     return max(TASKS_PER_CORE * cores, math.ceil(size / bytes_per_second / TASK_SECONDS))
 
 
-def rows(measured: Measured, size: int, cores: int) -> list[tuple[str, str]]:
+def intermediate_reads(measured: Measured, size: int, cores: int, settings: PreprocessConfig) -> tuple[int, int]:
+    """What a run over `size` bytes reads of its intermediate files: bytes, and files opened."""
+    from data.pipeline.traffic import Corpus, reads
+
+    corpus = Corpus(
+        bytes=size,
+        documents=round(measured.documents * size),
+        stored=measured.runs,
+        tokens=round(measured.tokens * size),
+        tasks=tasks_for(size, cores, measured.bytes_per_second),
+    )
+    stages = reads(corpus, settings).values()
+    return round(sum(stage.bytes for stage in stages)), sum(stage.files for stage in stages)
+
+
+def sensible_size(measured: Measured, size: int, cores: int, settings: PreprocessConfig) -> int:
+    """`size`, or if one run over it would open more than `MOST_FILES`, the size of several that do not."""
+    runs = 1
+    while intermediate_reads(measured, size // runs, cores, settings)[1] > MOST_FILES:
+        runs += 1
+    return size // runs
+
+
+def rows(measured: Measured, size: int, cores: int, settings: PreprocessConfig) -> list[tuple[str, str]]:
     """What a run over `size` bytes takes, line by line."""
     from data.listing import format_bytes
 
@@ -70,17 +94,20 @@ def rows(measured: Measured, size: int, cores: int) -> list[tuple[str, str]]:
         "intermediate files": measured.intermediate * size,
         "token files": measured.tokens * size,
     }
+    read, opened = intermediate_reads(measured, size, cores, settings)
     return [
         ("core-hours", _figure(seconds / 3600)),
         (f"hours on {cores:,} cores", _figure(seconds / 3600 / cores)),
         (f"memory of {cores:,} workers", format_bytes(cores * measured.worker_memory)),
         *[(name, format_bytes(round(count))) for name, count in disk.items()],
         ("disk in all", format_bytes(round(sum(disk.values())))),
+        ("read from intermediate files", format_bytes(read)),
+        ("... which are opened so often", f"{opened:,}"),
         ("data.preprocess.tasks", f"{tasks_for(size, cores, measured.bytes_per_second):,}"),
     ]
 
 
-def _print(measured: Measured, sizes: list[int], cores: int, given: bool) -> None:
+def _print(measured: Measured, sizes: list[int], cores: int, settings: PreprocessConfig, given: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -94,7 +121,7 @@ def _print(measured: Measured, sizes: list[int], cores: int, given: bool) -> Non
         f"Measured on {sample}: memory of a worker, {format_bytes(measured.worker_memory)} at its peak."
     )
     table = Table("text")
-    columns = [rows(measured, size, cores) for size in sizes]
+    columns = [rows(measured, size, cores, settings) for size in sizes]
     for size in sizes:
         table.add_column(format_bytes(size), justify="right")
     for lines in zip(*columns):
@@ -104,7 +131,14 @@ def _print(measured: Measured, sizes: list[int], cores: int, given: bool) -> Non
         console = Console(width=120)
     console.print(table)
     print("Raw data is counted as Parquet. Hours assume that all cores are as fast as this one, and disks keep up.")
-    if measured.sample_bytes < RUN_BYTES:
+    for size in sizes:
+        part = sensible_size(measured, size, cores, settings)
+        if part < size:
+            print(
+                f"Not in one run: {format_bytes(size)}, which would open more than {MOST_FILES:,} files. "
+                f"Preprocess it in {math.ceil(size / part):,} runs of {format_bytes(part)}, by crawl for instance."
+            )
+    if measured.sample_bytes < 2 * RUN_BYTES:
         print(f"So small a sample does not show the memory of a worker, which holds up to {format_bytes(RUN_BYTES)}.")
 
 

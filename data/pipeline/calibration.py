@@ -21,6 +21,7 @@ from data.store import DocumentWriter
 from data.tokens import INDEX_DTYPE
 
 WARM_UP_BYTES = 1_000_000
+SAMPLE_RUNS = 3  # so that the merges of a large run are in the measured time
 
 
 class Measured(NamedTuple):
@@ -32,6 +33,9 @@ class Measured(NamedTuple):
     raw: float
     """Bytes on disk, as Parquet of ours."""
     intermediate: float
+    runs: float
+    """Bytes of the sorted files, which are a part of these."""
+    documents: float
     tokens: float
     """Bytes of token files, their index included."""
     worker_memory: int
@@ -41,21 +45,33 @@ class Measured(NamedTuple):
 def calibrate(data: DataConfig, sample_bytes: int) -> Measured:
     """Preprocess about so many bytes of the sources in `data.use`, in equal shares, in a folder that is then removed.
 
-    A first, short run beforehand keeps what a worker does but once (starting, compiling) out of the figures.
+    It is sorted as a large corpus is: in several runs, then merged by part. A first, short run beforehand keeps what a
+    worker does but once (starting, compiling) out of the figures.
     """
     with tempfile.TemporaryDirectory(prefix="quern-plan-") as name:
         folder = Path(name)
-        _run(_sample(data, folder / "first", WARM_UP_BYTES))
-        sample = _sample(data, folder / "second", sample_bytes)
+        _run(*_sample(data, folder / "first", WARM_UP_BYTES))
+        sample, size = _sample(data, folder / "second", sample_bytes)
         begun = time.process_time()
-        read, tokens, intermediate = _run(sample)
+        sizes = _run(sample, size)
         seconds = time.process_time() - begun
         raw = _folder_bytes(folder / "second/raw")
-    return Measured(read, read / seconds, raw / read, intermediate / read, tokens / read, _peak_memory())
+    read = sizes.read
+    return Measured(
+        read,
+        read / seconds,
+        raw / read,
+        sizes.intermediate / read,
+        sizes.runs / read,
+        sizes.documents / read,
+        sizes.tokens / read,
+        _peak_memory(),
+    )
 
 
-def _sample(data: DataConfig, folder: Path, size: int) -> DataConfig:
-    """A configuration for `size` bytes of text, which are copied from the sources into `folder`."""
+def _sample(data: DataConfig, folder: Path, size: int) -> tuple[DataConfig, int]:
+    """A configuration for `size` bytes of text, copied from the sources into `folder`; how many there were."""
+    copied = 0
     source = FilesSourceConfig(kind="files", paths=["calibration"])
     for name in dict.fromkeys(data.use):
         raw = folder / "raw" / name
@@ -65,7 +81,8 @@ def _sample(data: DataConfig, folder: Path, size: int) -> DataConfig:
             for record in read_documents(location(data.raw_dir) / name, data.sources[name], name):
                 if isinstance(record, Document):
                     writer.add(record.id, record.text, {})
-                    left -= len(record.text.encode("utf-8", "surrogatepass"))
+                    length = len(record.text.encode("utf-8", "surrogatepass"))
+                    left, copied = left - length, copied + length
                 if left <= 0:
                     break
         RawManifest(
@@ -80,29 +97,42 @@ def _sample(data: DataConfig, folder: Path, size: int) -> DataConfig:
         ).save(raw)
     settings = data.preprocess.model_copy(update={"workers": 1, "tasks": 1, "mixture": data.preprocess.mixture.off()})
     changed = {"raw_dir": str(folder / "raw"), "tokens_dir": str(folder / "tokens"), "executor": "local"}
-    return data.model_copy(
-        update={**changed, "preprocess": settings, "sources": {name: source for name in data.sources}}
-    )
+    update = {**changed, "preprocess": settings, "sources": {name: source for name in data.sources}}
+    return data.model_copy(update=update), copied
 
 
-def _run(data: DataConfig) -> tuple[int, int, int]:
-    """Bytes of text read, of token files written, and of all else that lay on disk meanwhile."""
+class _Sizes(NamedTuple):
+    """Bytes of text read, its documents, bytes of token files, of sorted files, of all but tokens that lay on disk."""
+
+    read: int
+    documents: int
+    tokens: int
+    runs: int
+    intermediate: int
+
+
+def _run(data: DataConfig, size: int) -> _Sizes:
+    """Preprocess `size` bytes of text."""
     from data.funnel import total
     from data.pipeline.report import SPLITS
     from data.pipeline.run import preprocess
+    from data.pipeline.runs import RUN_BYTES, Scale
 
-    partial = Path(data.tokens_dir).parent
-    largest = 0
+    partial = Path(data.tokens_dir).parent / ".tokens.partial"
+    largest = runs = 0
 
     def look(stage: str, done: int, documents: int) -> None:
-        nonlocal largest
-        largest = max(largest, sum(_folder_bytes(folder) for folder in partial.glob(".tokens.partial")))
+        nonlocal largest, runs
+        largest = max(largest, _folder_bytes(partial))
+        runs = max(runs, *(_folder_bytes(folder) for folder in partial.glob("*/runs")), 0)
 
-    manifest, _ = preprocess(data, force=True, show=look)
+    scale = Scale(run_bytes=max(1, min(RUN_BYTES, size // SAMPLE_RUNS)), parts=1, direct_files=0)
+    manifest, _ = preprocess(data, force=True, show=look, scale=scale)
     itemsize = np.dtype(manifest.dtype).itemsize
     tokens = sum(manifest.tokens(split) * itemsize for split in SPLITS)
     tokens += sum(manifest.documents(split) * INDEX_DTYPE.itemsize for split in SPLITS)
-    return total(manifest.funnel.values()).read.bytes, tokens, largest - tokens
+    read = total(manifest.funnel.values()).read
+    return _Sizes(read.bytes, read.documents, tokens, runs, largest - tokens)
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -32,6 +32,10 @@ RANGE_BYTES = 64 << 20  # of text that a task of the later stages holds in memor
 PARTS = 256  # of a corpus, unless with so many tasks that this might keep cores idle
 DIRECT_FILES = 64  # read as they are by the later stages: beyond the share wanted, at most as many blocks
 RUN_SCHEMA = pl.Schema(SCHEMA | {"high": pl.UInt64, "low": pl.UInt64, "split": pl.UInt64})
+ARROW_SCHEMA = pa.schema(
+    [("source", pa.uint16()), ("id", pa.large_string()), ("text", pa.large_string())]
+    + [(name, pa.uint64()) for name in ("high", "low", "split")]
+)  # written out: to ask Polars starts its threads, which workers that are forked later would wait for in vain
 
 OnDuplicates = Callable[[pl.DataFrame], None] | None
 
@@ -175,7 +179,7 @@ class _BlockWriter:
 
     def __init__(self, sink: IO[bytes]) -> None:
         options = pa.ipc.IpcWriteOptions(compression="lz4")
-        self._writer: Any = pa.ipc.new_file(sink, _SCHEMA, options=options)
+        self._writer: Any = pa.ipc.new_file(sink, ARROW_SCHEMA, options=options)
         self._edges: list[tuple[int, int]] = []
 
     def append(self, frame: pl.DataFrame) -> None:
@@ -226,13 +230,10 @@ def _source(path: Path) -> Any:
 
 def _frame(batches: Any) -> pl.DataFrame:
     """Arrow batches as one frame."""
-    frame = pl.from_arrow(pa.Table.from_batches(batches, _SCHEMA))
+    frame = pl.from_arrow(pa.Table.from_batches(batches, ARROW_SCHEMA))
     assert isinstance(frame, pl.DataFrame)
     return frame
 
 
 def _arrow(frame: pl.DataFrame) -> Any:
     return frame.to_arrow(compat_level=pl.CompatLevel.oldest())
-
-
-_SCHEMA = _arrow(RUN_SCHEMA.to_frame()).schema
