@@ -206,11 +206,11 @@ class Transformer(nn.Module):
 
 def _keep_products(_context: Any, operation: Any, *_arguments: Any, **_keywords: Any) -> CheckpointPolicy:
     """Policy of selective checkpointing: keep what is dear to recompute, and recompute the rest."""
-    return CheckpointPolicy.MUST_SAVE if operation in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operation in DEAR else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 _aten = torch.ops.aten
-_DEAR = {
+DEAR = {
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,

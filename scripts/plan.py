@@ -27,6 +27,11 @@ Speed = Annotated[
     typer.Option("--speed", metavar="MB/S", help="Take this speed of a core, not the measured one.", min=0),
 ]
 
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[WORD=VALUE]...", help="Such as model=modern-1b gpus=64 gpu=h100 tokens=20B."),
+]
+
 
 def data(
     overrides: Overrides = None,
@@ -156,9 +161,25 @@ def _next_command(
     return command_line("data/preprocess.py", recipe, overrides, *more)
 
 
+def training(words: Words = None, recipe: Recipe = None, print_config: PrintConfig = False) -> None:
+    """Say what a training run would take: parameters, FLOPs, time, memory of a GPU, size of a checkpoint.
+
+    Example: python scripts/plan.py training model=modern-1b gpus=64 tokens=20B gpu=h100
+
+    Words are model, gpus, gpu, tokens, and mfu, the share of the GPU's peak that training reaches (0.4 where it is not
+    said), besides settings such as training.batch_size=512. Without tokens, training.max_steps says how long it is.
+    """
+    from config.command import show
+    from training.forecast import print_forecast, read_question
+
+    question = read_question(words or [], [recipe] if recipe else [])
+    show(question.config, print_config)
+    print_forecast(question)
+
+
 def main() -> None:
     """Run the command."""
-    run({"data": data})
+    run({"data": data, "training": training})
 
 
 if __name__ == "__main__":

@@ -57,9 +57,9 @@ class Console:
 
 
 def count(number: float) -> str:
-    """A number in at most five characters, up to 999T: 950, 12.3k, 4.1M."""
+    """A number in at most five characters, up to 999T: 950, 12.3k, 4.1M, 20.0B."""
     scale, unit = 1.0, ""
-    for larger in "kMGT":
+    for larger in "kMBT":
         if number < 999.5 * scale:
             break
         scale, unit = 1e3 * scale, larger
