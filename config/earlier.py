@@ -17,6 +17,7 @@ BEFORE: dict[str, Any] = {
     },
     "training": {
         "z_loss": 0.0,
+        "fp8": False,
         "documents": "attend_across",
     },
     "data": {

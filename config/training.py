@@ -78,6 +78,7 @@ class TrainingConfig(Section):
     seed: Annotated[int, Field(ge=0)]
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
+    fp8: bool
     compile: Literal["auto", True, False]
     parallelism: Literal["ddp", "fsdp", "hsdp"]
     shard_group: PositiveInt | None
@@ -118,6 +119,8 @@ class TrainingConfig(Section):
                 "max_steps: set exactly one of max_steps and epochs, and the other one to null, "
                 "such as training.max_steps=null training.epochs=3"
             )
+        if self.fp8 and self.tensor_parallel > 1:
+            raise ValueError("fp8: goes with tensor_parallel=1 alone")
         if self.micro_batch_size != "auto" and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size: batch_size={self.batch_size} is not divisible by "

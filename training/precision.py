@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from config.errors import UserError
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -33,6 +35,18 @@ class Precision:
     def autocast(self) -> AbstractContextManager[object]:
         """The context that a forward pass runs in."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.mixed)
+
+
+def require_float8(precision: Precision) -> None:
+    """`UserError` unless the device multiplies in 8 bits, and all that does not in bfloat16."""
+    device = precision.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(
+            "training.fp8=true needs a GPU with 8-bit matrix products (NVIDIA's Ada, Hopper or later), and this is "
+            "none. Set training.fp8=false."
+        )
+    if precision.name != "bf16":
+        raise UserError(f"training.fp8=true goes with training.precision=bf16, not with {precision.name}.")
 
 
 @cache

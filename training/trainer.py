@@ -11,6 +11,7 @@ from config.errors import UserError
 from config.schema import Config
 from data.data_loader import SampleSource
 from model.checkpoint import load_checkpoint
+from model.float8 import use_float8
 from model.transformer import Transformer
 from training import randomness
 from training.console import Console, count
@@ -21,7 +22,7 @@ from training.meter import Meter
 from training.optimizers import Optimizers, make_optimizers
 from training.parallelism import deal, parallelise
 from training.plan import Plan, make_plan
-from training.precision import Precision
+from training.precision import Precision, require_float8
 from training.probing import is_out_of_memory, largest_micro_batch, memory_advice
 from training.record import Record
 from training.resume import require_same_data, require_same_tokenizer
@@ -71,6 +72,8 @@ def train(
         config = choose_rates(config, plan)
         training = config.training
         precision = Precision(training.precision, process.device)
+        if training.fp8:
+            require_float8(precision)
         compiling = should_compile(training, process.device)
         peak_flops = measure_peak_flops(process.device, precision.dtype)
         randomness.seed_all(training.seed)
@@ -82,6 +85,8 @@ def train(
             spread(model.to(process.device))
         model.set_gradient_checkpointing(training.gradient_checkpointing)
         model.z_loss = training.z_loss
+        if training.fp8:
+            use_float8(model)
         optimizers = make_optimizers(model, training, compiling and process.device.type == "cuda", plan.layout)
         progress = Progress(samples=len(source), data_fingerprint=data_fingerprint)
         state: dict[str, Any] = {}
