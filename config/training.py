@@ -85,6 +85,7 @@ class TrainingConfig(Section):
     tensor_parallel: PositiveInt
     max_steps: PositiveInt | None
     epochs: Rate | None
+    max_hours: Rate | None
     batch_size: PositiveInt
     micro_batch_size: PositiveInt | Literal["auto"]
     batch_warmup: BatchWarmupConfig
@@ -99,6 +100,8 @@ class TrainingConfig(Section):
     cautious_weight_decay: bool
     schedule: ScheduleConfig
     gradient_clip: Annotated[float, Field(ge=0.0)]
+    spike_factor: Annotated[float, Field(gt=1.0)] | None
+    max_skipped_in_a_row: PositiveInt
     z_loss: Annotated[float, Field(ge=0.0)]
     log_interval: PositiveInt
     eval_interval: PositiveInt

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from config.errors import UserError
 from data.permutation import permute
+from data.places import place_of_tokens
 from data.tokens import TokenFiles
 
 IGNORED = -100  # the target that carries no loss
@@ -116,6 +117,10 @@ def require_known(ids: NDArray[Any], vocab_size: int, tokens: TokenFiles) -> Non
             f"The token files in {tokens.directory} are damaged: they hold id {largest}, the vocabulary ends at "
             f"{vocab_size - 1}. Run python data/preprocess.py --force."
         )
+
+    def place(self, index: int) -> str:
+        """Where the tokens of a sample lie, in words."""
+        return place_of_tokens(self.tokens, index * self.context_length, self.context_length + 1)
 
 
 class DataLoader:

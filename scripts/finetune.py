@@ -89,7 +89,7 @@ def finetune(
     )
     if result.is_main:
         _report(job, result)
-    if result.stopped_by is not None:
+    if result.stopped_by:
         raise typer.Exit(128 + result.stopped_by)
 
 
@@ -210,8 +210,8 @@ def _report(job: Finetuning, result: TrainResult) -> None:
         print(f"To train on: {resumed} training.epochs=N, with more of them than before.")
         return
     if result.stopped_by is not None:
-        name = signal.Signals(result.stopped_by).name
-        print(f"Stopped by {name} after step {result.step:,} of {result.steps:,}; wrote {result.checkpoint}.")
+        cause = signal.Signals(result.stopped_by).name if result.stopped_by else "training.max_hours"
+        print(f"Stopped by {cause} after step {result.step:,} of {result.steps:,}; wrote {result.checkpoint}.")
         print(f"Go on with: {resumed}")
         return
     loss, before = result.validation_loss, job.about["loss_before"]

@@ -50,7 +50,7 @@ def train(
     )
     if result.is_main:
         _report(result)
-    if result.stopped_by is not None:
+    if result.stopped_by:
         raise typer.Exit(128 + result.stopped_by)
 
 
@@ -132,8 +132,8 @@ def _report(result: TrainResult) -> None:
         print(f"To train on: {resume_command(result.checkpoint)} training.max_steps={2 * result.steps}")
         return
     if result.stopped_by is not None:
-        name = signal.Signals(result.stopped_by).name
-        print(f"Stopped by {name} after step {result.step:,} of {result.steps:,}; wrote {result.checkpoint}.")
+        cause = signal.Signals(result.stopped_by).name if result.stopped_by else "training.max_hours"
+        print(f"Stopped by {cause} after step {result.step:,} of {result.steps:,}; wrote {result.checkpoint}.")
         print(f"Go on with: {resume_command(result.checkpoint)}")
         return
     loss = result.validation_loss

@@ -16,11 +16,13 @@ from config.training import TrainingConfig
 from model.checkpoint import checkpoint_run_name, save_checkpoint
 from model.checkpoint_folder import LATEST, STATE, Keep, checkpoint_path, list_checkpoints, set_latest
 from training.background import BackgroundWriter
+from training.staging import staged_bytes
 from training.writer import finish
 
 PREVIOUS = "previous"
 PATIENCE = 60.0  # seconds that the writer of a run that was killed gets for its last file
 LONG = 1.0  # seconds of waiting that are worth a word
+ASSUMED_SPEED = 1e8  # bytes per second of a disk of which nothing is known yet
 GOES_ON = "Training goes on, and tries again at the next checkpoint."
 
 
@@ -51,7 +53,8 @@ class Checkpoints:
             self._background = BackgroundWriter(say, (lock.fileno(),) if lock else ())
             self._resources.callback(self._background.close)
         self._best_then: dict[str, Any] | None = None
-        self._ready = False
+        self._submitted = 0.0
+        self.seconds_to_save = 0.0
 
     def set_aside_others(self, step: int) -> None:
         """Move to `previous/<run name>/` what another run left here, and what this one wrote after `step`.
@@ -78,11 +81,11 @@ class Checkpoints:
 
     def tend(self, state: Callable[[], dict[str, Any]]) -> None:
         """To be called after every step: makes ready for states as large as this one, and hears of what was written."""
-        if self._background is None:
-            return
-        if not self._ready:
-            self._background.prepare(state())
-            self._ready = True
+        if not self.seconds_to_save:
+            first = state()
+            self.seconds_to_save = staged_bytes(first) / ASSUMED_SPEED
+            if self._background is not None:
+                self._background.prepare(first)
         self._hear(wait=False)
 
     def save(self, state: dict[str, Any], final: bool, parts: Path | None = None) -> None:
@@ -101,6 +104,7 @@ class Checkpoints:
         keep = Keep(training.keep_last, training.keep_every, best["step"] if best and training.keep_best else None)
         state = {**state, "run_name": self.run_name, "best": best}
         if final or parts is not None or self._background is None:
+            started = time.monotonic()
             if parts is None:
                 save_checkpoint(path, state)
             else:
@@ -108,10 +112,11 @@ class Checkpoints:
                 save_checkpoint(parts / STATE, state)
                 replace_directory(parts, path)
             finish(path, keep)
+            self.seconds_to_save = time.monotonic() - started
             self.best, self.latest = best, path
         else:
             self._background.submit(path, state, keep)
-            self._best_then = best
+            self._best_then, self._submitted = best, time.monotonic()
 
     def close(self) -> None:
         """Wait for what is being written, and let the folder go."""
@@ -133,6 +138,7 @@ class Checkpoints:
             self._say(f"warning: {error} {GOES_ON}")
         else:
             self.best, self.latest = self._best_then, path
+            self.seconds_to_save = time.monotonic() - self._submitted
 
 
 def _run_name(path: Path) -> str:

@@ -120,11 +120,14 @@ def open_finetuning(asked: Asked, watch: Watch = lambda examples, what: examples
     if validation:
         others = encode_examples(tokenizer, watch(held_out, "Encoding the validation set"), length, too_long)
         parts, probe = [found.samples, others.samples], others.examples[0]
+        trained = found.examples
     else:
         held = hold_out(found.examples, config.data.finetuning.validation_fraction)
         parts = [[found.samples[row] for row in np.flatnonzero(held == side)] for side in (False, True)]
         probe = found.examples[int(np.argmax(held))]
-    train, heldout = (ExampleSamples(part, tokenizer.pad_id, length) for part in parts)
+        trained = [example for example, out in zip(found.examples, held, strict=True) if not out]
+    train = ExampleSamples(parts[0], tokenizer.pad_id, length, [example.location for example in trained])
+    heldout = ExampleSamples(parts[1], tokenizer.pad_id, length)
 
     about = {
         "format": format_of(examples[0]),

@@ -8,8 +8,10 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from config.errors import UserError
 
@@ -74,6 +76,7 @@ def launch(script: Path, arguments: Sequence[str], machines: Machines, share_cor
         options += ["--rdzv-backend", "c10d", "--rdzv-id", "quern", "--rdzv-endpoint", str(machines.rendezvous)]
     # The launcher's own account of a failed process would bury the one sentence that the process has printed.
     logging.disable(logging.ERROR)
+    _pass_on_save_requests()
     try:
         run.run(run.parse_args([*options, str(script), *arguments]))  # type: ignore[no-untyped-call]
     except SignalException as error:
@@ -85,6 +88,19 @@ def launch(script: Path, arguments: Sequence[str], machines: Machines, share_cor
         print(f"error: process {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         return 128 - failure.exitcode
     return 0
+
+
+def _pass_on_save_requests() -> None:
+    """SIGUSR1 asks a run to save and go on; torchrun passes on only what asks it to stop."""
+    import psutil
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        for worker in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                worker.send_signal(number)
+
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, pass_on)
 
 
 def resume_command(checkpoint: Path | None) -> str:

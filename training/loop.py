@@ -25,9 +25,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from config.errors import UserError
 from config.schema import Config
 from data.data_loader import IGNORED, Batch, DataLoader, SampleSource
+from data.places import places
 from model.transformer import Transformer
 from training import randomness
 from training.checkpointing import GOES_ON
@@ -43,9 +43,9 @@ from training.schedules import piece_length, rate_factor
 from training.setup import Progress
 from training.sharded_saving import write_parts
 from training.shares import gradient_norm, take_gradients
-from training.signals import StopSignals
-
-LOST_AFTER = 30  # updates in a row without a finite gradient
+from training.signals import SAVE, STOP, Requests
+from training.spikes import PlacesOf, SpikeGuard
+from training.tracking import SKIPPED
 
 
 class Evaluated(Protocol):
@@ -75,17 +75,17 @@ class Loop:
     meter: Meter
     console: Console
     record: Record | None
-    signals: StopSignals
+    requests: Requests
+    guard: SpikeGuard
     evaluate: Evaluate
     sampler: Sample | None
     tokenizer_fingerprint: str
     finetuning: dict[str, Any] | None
     validation_loss: float | None
-    lost: int = 0
     reading: str = ""
 
     def run(self, source: SampleSource) -> int | None:
-        """Take every step that is left; returns the signal that ended the run before its last one, if any did."""
+        """Take every step that is left; returns what ended the run before its last: None, a signal, or 0 for time."""
         training, plan, process = self.config.training, self.plan, self.process
         loader = DataLoader(
             source,
@@ -98,18 +98,24 @@ class Loop:
             prefetch_batches=self.config.data.loader.prefetch_batches,
             pin_memory=process.device.type == "cuda",
         )
+        places_of = partial(places, source, seed=training.seed)
         gc.freeze()
         try:
             for step in range(self.progress.step + 1, plan.steps + 1):
-                self._update(step, next(loader))
+                first = loader.cursor
+                batch = next(loader)
+                self._update(step, batch, range(first, loader.cursor))
                 self.progress.step = step
-                stopped_by = process.largest(self.signals.received or 0) or None
-                last = step == plan.steps or stopped_by is not None
+                asked = process.largest(self.requests.take(self.record.seconds_to_save if self.record else 0.0))
+                stopped = asked >= STOP
+                last = step == plan.steps or stopped
 
-                saving = last or step % training.checkpoint_interval == 0
-                judging = step == plan.steps or step % training.eval_interval == 0 or (saving and training.keep_best)
-                loss = self._validate() if judging and not stopped_by else None
+                due = last or step % training.checkpoint_interval == 0
+                saving = due or asked == SAVE
+                judging = step == plan.steps or step % training.eval_interval == 0 or (due and training.keep_best)
+                loss = self._validate() if judging and not stopped else None
                 if judging or saving or step % training.log_interval == 0:
+                    self._account(places_of)
                     self._log(step, loss)
                 if training.sample_interval and (step % training.sample_interval == 0 or step == plan.steps):
                     self._sample(step)
@@ -117,16 +123,16 @@ class Loop:
                     self._save(loader.cursor, loss, final=last)
                 elif self.record is not None and not plan.layout.shares_weights:
                     self.record.tend(partial(self._state, loader.cursor, None))
-                if stopped_by:
-                    return stopped_by
+                if stopped:
+                    return asked - STOP
                 self.console.status(f"step {step}/{plan.steps}{self.reading}")
             return None
         finally:
             gc.unfreeze()
             loader.close()
 
-    def _update(self, step: int, batch: Batch) -> None:
-        """One optimizer step over the global batch of which `batch` is this process's share, (rows, time) each."""
+    def _update(self, step: int, batch: Batch, samples: range) -> None:
+        """One optimizer step over the global batch `samples`; `batch` is this process's share of it, (rows, time)."""
         training, plan, process, device = self.config.training, self.plan, self.process, self.process.device
         length = piece_length(training.short_sequences, step, plan.steps, plan.sequence_length)
         self.meter.add(plan.tokens_of(step), self.model.flops_per_token(length))
@@ -150,7 +156,7 @@ class Loop:
             loss_sum += loss.detach()
 
         norm = self._clip()
-        skip = ~torch.isfinite(norm)
+        skip = self.guard.judge(norm, step, samples)
         self.optimizers.step(skip)
         if self.precision.scaler.is_enabled():
             self.precision.scaler.update()
@@ -174,17 +180,18 @@ class Loop:
             self.model.train()
         return self.validation_loss
 
+    def _account(self, places_of: PlacesOf) -> None:
+        """Count and write down the steps left out since the last reading; end a run that no longer gets anywhere."""
+        with self.meter.aside():
+            for each in self.guard.read():
+                self.progress.count_skipped(each)
+                if self.record is not None:
+                    self.record.tracker.skipped(each.step, each.norm, each.reason, places_of(each.samples))
+        run_dir = self.record.tracker.directory if self.record is not None else ""
+        self.process.fail_together(self.guard.lost(places_of, f"{run_dir}/{SKIPPED}"))
+
     def _log(self, step: int, validation_loss: float | None) -> None:
         reading = self.meter.read()
-        self.progress.non_finite_steps += reading.non_finite
-        if reading.attempted:
-            self.lost = self.lost + reading.attempted if reading.non_finite == reading.attempted else 0
-        if self.lost >= LOST_AFTER:
-            error = UserError(
-                f"The gradient has not been finite since step {step - self.lost + 1}: the run has diverged. Resume an "
-                "earlier checkpoint with a lower training.adamw.learning_rate or training.muon.learning_rate."
-            )
-            self.process.fail_together(error)
         left = duration((self.plan.steps - step) * reading.seconds_per_step)
         shown = "    -" if reading.loss is None else f"{reading.loss:.3f}"
         self.reading = f"  loss {shown}  {count(reading.tokens_per_second)} tok/s  MFU {reading.mfu:.0%}  ETA {left}"
@@ -203,7 +210,7 @@ class Loop:
             "tokens_per_second": reading.tokens_per_second,
             "mfu": reading.mfu,
             "seconds": self.progress.elapsed(),
-            "skipped_steps": self.progress.empty_steps + self.progress.non_finite_steps,
+            "skipped_steps": self.progress.skipped_steps,
         }
         with self.meter.aside():
             self.record.tracker.log(row)
@@ -249,6 +256,7 @@ class Loop:
             "model": self.model.state_dict(),
             "optimizer": self.optimizers.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
+            "spikes": self.guard.state_dict(),
             "rng": randomness.capture(),
             "step": self.progress.step,
             "cursor": cursor,

@@ -15,15 +15,16 @@ from training.distributed import Process
 
 
 class Reading(NamedTuple):
-    """The steps since the last reading. `loss` is in nats per trained token, None if no step of them counted."""
+    """The steps since the last reading. `loss` is in nats per trained token, None if no step of them counted.
+
+    `gradient_norm` is that of the last one, NaN where none had a gradient.
+    """
 
     loss: float | None
-    gradient_norm: float | None
+    gradient_norm: float
     tokens_per_second: float
     mfu: float
     seconds_per_step: float
-    attempted: int
-    non_finite: int
 
 
 @dataclass
@@ -37,14 +38,14 @@ class Meter:
     peak_flops: float
 
     def __post_init__(self) -> None:
-        self._totals = torch.zeros(3, dtype=torch.float32, device=self.process.device)
-        self._norm = torch.zeros((), device=self.process.device)
+        self._totals = torch.zeros(2, dtype=torch.float32, device=self.process.device)
         self._begin()
 
     def _begin(self) -> None:
         self._totals.zero_()
+        self._norm = torch.full((), torch.nan, device=self.process.device)
         self._started, self._aside = time.perf_counter(), 0.0
-        self._steps = self._attempted = self._tokens = 0
+        self._steps = self._tokens = 0
         self._flops = 0.0
 
     def add(self, input_tokens: int, flops_per_token: float) -> None:
@@ -55,11 +56,9 @@ class Meter:
 
     def add_loss(self, loss_sum: Tensor, valid: int, gradient_norm: Tensor, skipped: Tensor) -> None:
         """Count an update: this process's summed loss, a float32 scalar, and the trained tokens of all processes."""
-        self._attempted += 1
         self._norm = gradient_norm
-        kept = torch.stack([loss_sum, torch.full_like(loss_sum, valid), torch.zeros_like(loss_sum)])
+        kept = torch.stack([loss_sum, torch.full_like(loss_sum, valid)])
         self._totals += torch.where(skipped, torch.zeros_like(kept), kept)
-        self._totals[2] += skipped
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -73,17 +72,15 @@ class Meter:
     def read(self) -> Reading:
         """Wait for the device, and report on the steps since the last reading. Every process must call it."""
         losses = self.process.sum_(self._totals[:1].clone())
-        summed, valid, skipped, norm = torch.cat([losses, self._totals[1:], self._norm.float()[None]]).tolist()
+        summed, valid, norm = torch.cat([losses, self._totals[1:], self._norm.float()[None]]).tolist()
         wall = time.perf_counter() - self._started
         seconds = max(wall - self._aside, 1e-9)
         reading = Reading(
             loss=summed / valid if valid else None,
-            gradient_norm=norm if self._attempted else None,
+            gradient_norm=norm,
             tokens_per_second=self._tokens / seconds,
             mfu=self._flops / seconds / (self.peak_flops * self.process.world_size),
             seconds_per_step=wall / max(1, self._steps),
-            attempted=self._attempted,
-            non_finite=round(skipped),
         )
         self._begin()
         return reading

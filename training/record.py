@@ -35,6 +35,11 @@ class Record:
         """To be called after every step, with a function that makes the state of a checkpoint."""
         self.checkpoints.tend(lambda: self._complete(state()))
 
+    @property
+    def seconds_to_save(self) -> float:
+        """About what the next checkpoint takes until it is on the disk."""
+        return self.checkpoints.seconds_to_save
+
     def _complete(self, state: dict[str, Any]) -> dict[str, Any]:
         return {**state, "config": self._config.model_dump(), "wandb_id": self.tracker.wandb_id}
 

@@ -20,6 +20,7 @@ from model.transformer import Transformer
 from training import randomness
 from training.optimizers import Optimizers
 from training.precision import Precision
+from training.spikes import SPIKE, Skipped, SpikeGuard
 
 
 @dataclass
@@ -30,9 +31,22 @@ class Progress:
     seconds: float = 0.0
     empty_steps: int = 0
     non_finite_steps: int = 0
+    spike_steps: int = 0
     samples: int = 0
     data_fingerprint: str | None = None
     started: float = field(default_factory=time.perf_counter, init=False)
+
+    @property
+    def skipped_steps(self) -> int:
+        """All the steps left out."""
+        return self.empty_steps + self.non_finite_steps + self.spike_steps
+
+    def count_skipped(self, skipped: Skipped) -> None:
+        """Count a step that was left out for its gradient."""
+        if skipped.reason == SPIKE:
+            self.spike_steps += 1
+        else:
+            self.non_finite_steps += 1
 
     def elapsed(self) -> float:
         """Seconds of this run, those of its earlier starts included."""
@@ -44,6 +58,7 @@ class Progress:
             "seconds": self.elapsed(),
             "empty_steps": self.empty_steps,
             "non_finite_steps": self.non_finite_steps,
+            "spike_steps": self.spike_steps,
             "samples": self.samples,
             "data_fingerprint": self.data_fingerprint,
         }
@@ -62,7 +77,12 @@ def new_model(
 
 
 def load_state(
-    state: dict[str, Any], path: Path, model: Transformer, optimizers: Optimizers, precision: Precision
+    state: dict[str, Any],
+    path: Path,
+    model: Transformer,
+    optimizers: Optimizers,
+    precision: Precision,
+    guard: SpikeGuard,
 ) -> Progress:
     """Put the checkpoint `state`, read from `path`, into the parts of a run; returns how far it had come."""
     load_weights(model, state, path)
@@ -74,6 +94,8 @@ def load_state(
         ) from error
     if precision.scaler.is_enabled() and state["scaler"]:
         precision.scaler.load_state_dict(state["scaler"])
+    if "spikes" in state:
+        guard.load_state_dict(state["spikes"])
     randomness.restore(state["rng"])
     return Progress(step=state["step"], **state["progress"])
 

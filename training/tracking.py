@@ -4,6 +4,7 @@ config.yaml        the resolved configuration
 environment.json   versions, code and hardware, one entry per start of the run
 metrics.jsonl      one JSON object per logged step
 samples.jsonl      sample texts over time
+skipped.jsonl      the batches of steps that were left out, if there were any
 curves.png         losses and learning rate
 """
 
@@ -26,6 +27,7 @@ from training.weights_and_biases import WandbRun
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+SKIPPED = "skipped.jsonl"
 CURVES = "curves.png"
 ENVIRONMENT = "environment.json"
 
@@ -41,9 +43,10 @@ class Tracker:
         self._warn = warn
         self._warned = False
         self._drawn = time.monotonic()
-        self._unwritten: dict[str, list[str]] = {METRICS: [], SAMPLES: []}
+        self._unwritten: dict[str, list[str]] = {METRICS: [], SAMPLES: [], SKIPPED: []}
         self.rows = _truncate(directory / METRICS, step)
-        _truncate(directory / SAMPLES, step)
+        for name in (SAMPLES, SKIPPED):
+            _truncate(directory / name, step)
         save_config(config, directory / "config.yaml")
         _append_environment(directory / ENVIRONMENT, step)
         self._wandb = WandbRun(config, directory, wandb_id, warn)
@@ -64,6 +67,11 @@ class Tracker:
         """Record a sample text."""
         self._append(SAMPLES, {"step": step, "text": text})
         self._wandb.log({"step": step, "sample": text})
+
+    def skipped(self, step: int, gradient_norm: float, reason: str, places: list[str]) -> None:
+        """Record a step that was left out, and where the samples of its batch lie."""
+        row = {"step": step, "reason": reason, "gradient_norm": _finite(gradient_norm), "samples": places}
+        self._append(SKIPPED, row)
 
     def draw(self, now: bool = False) -> None:
         """Bring `curves.png` up to date; without `now` at most every ten seconds, since it takes a third of one."""

@@ -28,13 +28,17 @@ from training.record import Record
 from training.resume import require_same_data, require_same_tokenizer
 from training.scaling import choose_rates, describe
 from training.setup import Progress, load_state, new_model, run_name, should_compile, with_run_name
-from training.signals import catch_signals
+from training.signals import Requests, catch_signals
+from training.spikes import SpikeGuard
 from training.throughput import measure_peak_flops
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """How a call of `train` ended. `stopped_by` is the signal that cut it short, None where the run is complete."""
+    """How a call of `train` ended.
+
+    `stopped_by` is the signal that cut it short, 0 for `training.max_hours`, None where the run is complete.
+    """
 
     step: int
     steps: int
@@ -67,7 +71,8 @@ def train(
     more, and where the last checkpoint cannot be written.
     """
     keep_freed_memory()
-    with open_process(config.training.device, config.training.tensor_parallel) as process, catch_signals() as signals:
+    requests = Requests(config.training.max_hours)
+    with open_process(config.training.device, config.training.tensor_parallel) as process, catch_signals(requests):
         plan = make_plan(config, len(source), process.world_size)
         config = choose_rates(config, plan)
         training = config.training
@@ -88,13 +93,14 @@ def train(
         if training.fp8:
             use_float8(model)
         optimizers = make_optimizers(model, training, compiling and process.device.type == "cuda", plan.layout)
+        guard = SpikeGuard(training.spike_factor, training.max_skipped_in_a_row, process.device)
         progress = Progress(samples=len(source), data_fingerprint=data_fingerprint)
         state: dict[str, Any] = {}
         if resume is not None:
             state = load_checkpoint(resume)
             require_same_tokenizer(resume, state, tokenizer_fingerprint)
             require_same_data(resume, state, len(source), data_fingerprint)
-            progress = load_state(state, resume, model, optimizers, precision)
+            progress = load_state(state, resume, model, optimizers, precision, guard)
 
         name = state["run_name"] if state else run_name(config)
         run_dir = Path(training.runs_dir) / name
@@ -122,7 +128,8 @@ def train(
             meter=Meter(process, peak_flops),
             console=console,
             record=record,
-            signals=signals,
+            requests=requests,
+            guard=guard,
             evaluate=evaluate,
             sampler=sampler,
             tokenizer_fingerprint=tokenizer_fingerprint,

@@ -21,11 +21,15 @@ class ExampleSamples:
     """One example per sample (a `SampleSource`), filled up with padding to the length of the longest.
 
     An example never sees another one: attention has no document mask, so none are packed together. `length` is the time
-    dimension of every sample, a multiple of 8 where `context_length` allows it; padding carries no loss.
+    dimension of every sample, a multiple of 8 where `context_length` allows it; padding carries no loss. `locations`
+    say where each example was read.
     """
 
-    def __init__(self, samples: Sequence[Encoded], pad_id: int, context_length: int) -> None:
+    def __init__(
+        self, samples: Sequence[Encoded], pad_id: int, context_length: int, locations: Sequence[str] = ()
+    ) -> None:
         self.pad_id = pad_id
+        self.locations = locations
         self.ends = np.cumsum([len(sample.ids) for sample in samples], dtype=np.int64)
         self.ids = np.concatenate([sample.ids for sample in samples])
         self.trained = np.concatenate([sample.trained for sample in samples])
@@ -57,6 +61,10 @@ class ExampleSamples:
         """One example, without padding."""
         part = slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
         return Encoded(self.ids[part], self.trained[part])
+
+    def place(self, index: int) -> str:
+        """Where an example was read."""
+        return self.locations[index] if self.locations else f"example {index + 1}"
 
     def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Inputs and targets, each `(length,)` int32; targets hold -100 where nothing is trained."""
