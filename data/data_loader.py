@@ -103,6 +103,10 @@ class TokenWindows:
         lengths = np.diff(borders, prepend=0, append=self.context_length)
         return window[:-1], window[1:], document_numbers(np.repeat(np.arange(first, last + 1), lengths))
 
+    def place(self, index: int) -> str:
+        """Where the tokens of a sample lie, in words."""
+        return place_of_tokens(self.tokens, index * self.context_length, self.context_length + 1)
+
 
 def document_numbers(documents: NDArray[np.int64]) -> NDArray[np.int32]:
     """Numbers of documents as a batch holds them: modulo 2 ** 31, by which neighbours still differ."""
@@ -117,10 +121,6 @@ def require_known(ids: NDArray[Any], vocab_size: int, tokens: TokenFiles) -> Non
             f"The token files in {tokens.directory} are damaged: they hold id {largest}, the vocabulary ends at "
             f"{vocab_size - 1}. Run python data/preprocess.py --force."
         )
-
-    def place(self, index: int) -> str:
-        """Where the tokens of a sample lie, in words."""
-        return place_of_tokens(self.tokens, index * self.context_length, self.context_length + 1)
 
 
 class DataLoader:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from config.errors import UserError
 from data.data_loader import IGNORED, Sample, document_numbers, require_known
+from data.places import place_of_tokens
 from data.tokens import TokenFiles
 
 Integers = NDArray[np.int64]
@@ -79,6 +80,10 @@ class PackedWindows:
             at = end
         require_known(targets, self.vocab_size, self.tokens)
         return (inputs, targets, document_numbers(documents)) if self.with_documents else (inputs, targets)
+
+    def place(self, index: int) -> str:
+        """Where the tokens of a sample lie, in words."""
+        return ", ".join(place_of_tokens(self.tokens, start, stop - start) for _, start, stop in self._pieces(index))
 
     def _pieces(self, index: int) -> list[tuple[int, int, int]]:
         """Of every piece of a window: the document, and where in all tokens its targets begin and end."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from config.errors import UserError
+from model.checkpoint_folder import latest_checkpoint
 from tests.small_runs import (
     ROOT,
     SMALL,
@@ -106,10 +107,13 @@ class TestTwoProcesses:
         long = [*SETTINGS, "training.max_steps=100000", "training.checkpoint_interval=100000", "training.run_name=cut"]
         process = start(tmp_path, "distributed_train", *TWO, *long)
         wait_for((tmp_path / "runs/cut/metrics.jsonl").exists, process)
+        process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: any((tmp_path / "checkpoints").glob("*.pt")), process)
         process.send_signal(signal.SIGTERM)
         done = finish(process)
         assert done.returncode == 143, done.stderr
-        (checkpoint,) = (tmp_path / "checkpoints").glob("*.pt")
+        checkpoint = latest_checkpoint(tmp_path / "checkpoints")
+        assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2
         step = read_checkpoint(checkpoint)["step"]
         assert f"Stopped by SIGTERM after step {step:,} of 100,000" in done.stdout
         assert done.stdout.splitlines()[-1].endswith(

@@ -118,6 +118,7 @@ class TestLoss:
         before = {name: weight.clone() for name, weight in broken.state_dict().items()}
         with pytest.raises(UserError, match="not been finite since step 1: the run has diverged"):
             train_here(RandomSamples(64, 32), "training.max_steps=100", model=broken)
+        assert len(Path("runs").glob("*/skipped.jsonl").__next__().read_text().splitlines()) == 30
         after = broken.state_dict()
         assert all(torch.equal(before[name].nan_to_num(7), after[name].nan_to_num(7)) for name in before)
 

@@ -54,6 +54,7 @@ class Checkpoints:
             self._resources.callback(self._background.close)
         self._best_then: dict[str, Any] | None = None
         self._submitted = 0.0
+        self._ready = False
         self.seconds_to_save = 0.0
 
     def set_aside_others(self, step: int) -> None:
@@ -81,9 +82,9 @@ class Checkpoints:
 
     def tend(self, state: Callable[[], dict[str, Any]]) -> None:
         """To be called after every step: makes ready for states as large as this one, and hears of what was written."""
-        if not self.seconds_to_save:
-            first = state()
-            self.seconds_to_save = staged_bytes(first) / ASSUMED_SPEED
+        if not self._ready:
+            first, self._ready = state(), True
+            self.seconds_to_save = self.seconds_to_save or staged_bytes(first) / ASSUMED_SPEED
             if self._background is not None:
                 self._background.prepare(first)
         self._hear(wait=False)

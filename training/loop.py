@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from config.errors import UserError
 from config.schema import Config
 from data.data_loader import IGNORED, Batch, DataLoader, SampleSource
 from data.places import places

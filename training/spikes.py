@@ -106,10 +106,11 @@ class SpikeGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """As tensors and plain values, for a checkpoint; `read` comes before it."""
-        return {"norms": self._norms, "taken": self._taken, "in_a_row": [tuple(each) for each in self.in_a_row]}
+        norms = torch.where(self._places < self._taken, self._norms, 0.0)
+        return {"norms": norms, "taken": self._taken, "in_a_row": [tuple(each) for each in self.in_a_row]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        self._norms = state["norms"].to(self._norms.device, copy=True)
         self._taken = state["taken"].to(self._taken.device, copy=True)
+        self._norms = torch.where(self._places < self._taken, state["norms"].to(self._norms.device), torch.nan)
         self.in_a_row = [Skipped(*each) for each in state["in_a_row"]]

@@ -1,0 +1,55 @@
+"""What a run under way is asked: to save and go on, or to be done by a certain time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.small_runs import SMALL, RandomSamples, command, new_transformer, read_checkpoint, train_here, write_corpus
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_sigusr1_saves_and_goes_on() -> None:
+    model, steps = new_transformer(), iter(range(1, 99))
+    model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGUSR1) if next(steps) == 3 else None)
+    before = signal.getsignal(signal.SIGUSR1)
+    result = train_here(RandomSamples(32, 32), "training.checkpoint_interval=8", model=model)
+    assert result.step == 8 and result.stopped_by is None
+    assert {path.name for path in Path("checkpoints").glob("*.pt")} == {"model_step_3.pt", "model_step_8.pt"}
+    assert read_checkpoint(Path("checkpoints/model_step_3.pt"))["cursor"] == 24
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_run_ends_with_a_checkpoint_before_its_time_is_over() -> None:
+    model = new_transformer()
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    started = psutil.Process().create_time()
+    hours = (time.time() - started + 3.0) / 3600
+    settings = ["training.checkpoint_interval=100000", "training.max_steps=100000"]
+    result = train_here(RandomSamples(32, 32), *settings, f"training.max_hours={hours}", model=model)
+    assert time.time() - started < 3600 * hours
+    assert result.stopped_by == 0 and 2 <= result.step < 40
+    assert result.checkpoint is not None and read_checkpoint(result.checkpoint)["step"] == result.step
+
+
+@pytest.mark.slow
+def test_the_command_says_how_to_go_on_when_its_time_is_over(folder: Path) -> None:
+    write_corpus(folder)
+    settings = [*SMALL, "training.max_steps=10000000", "training.max_hours=0.004", "training.eval_interval=10000000"]
+    done = command(folder, "train", *settings)
+    cause, advice = done.stdout.splitlines()
+    assert cause.startswith("Stopped by training.max_hours after step ")
+    again = advice.removeprefix("Go on with: python scripts/train.py ").split()
+    step = read_checkpoint(Path(again[1]))["step"]
+    more = command(folder, "train", *again, "training.max_hours=null", f"training.max_steps={step + 2}")
+    assert f"step {step + 2}/{step + 2}" in more.stderr
