@@ -1,8 +1,8 @@
 """Which means pay? One recipe, each of its means switched on or off by itself, several seeds, a fixed number of steps.
 
-    python benchmarks/ablations.py --config config/recipes/shakespeare.yaml --seeds 3 --target 1.78
-    python benchmarks/ablations.py --config config/recipes/shakespeare.yaml --only "AdamW alone"
-    python benchmarks/ablations.py --config config/recipes/shakespeare.yaml --try "300 steps: training.max_steps=300"
+    python -m benchmarks.ablations --config config/recipes/shakespeare.yaml --seeds 3 --target 1.78
+    python -m benchmarks.ablations --config config/recipes/shakespeare.yaml --only "AdamW alone"
+    python -m benchmarks.ablations --config config/recipes/shakespeare.yaml --try "300 steps: training.max_steps=300"
 
 The recipe's tokens must lie there (data/download_datasets.py, data/tokenizer.py, data/preprocess.py with the same
 recipe). The runs of a seed follow one another, in this process, so they share whatever else the machine does. Seconds

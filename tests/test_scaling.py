@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from config.load import CONFIG_DIR, load_config, with_vocab_size
 from config.schema import Config
+from model.transformer import Transformer
 from tests.small_runs import RandomSamples, metrics, read_checkpoint, train_here
+from training.optimizers import make_optimizers
 from training.plan import make_plan
 from training.scaling import DEMO, DEMO_RATES, Rates, Run, choose_rates, scaled
+from training.schedules import rate_factor
 
 
 def chosen(*overrides: str) -> Config:
@@ -84,3 +91,46 @@ def test_a_run_trains_with_what_was_chosen_and_says_so(
     assert metrics(result.run_dir)[0]["learning_rate"] == pytest.approx(expected.muon, rel=0.2)
     resumed = train_here(RandomSamples(64, 32), "training.learning_rate=auto", resume=result.checkpoint)
     assert resumed.already_complete
+
+
+TINY = Run(width=32, depth=2, batch_tokens=8 * 64, tokens=80 * 8 * 64)
+TINY_RATES = replace(DEMO_RATES, embedding=0.016, hidden=0.016, head=0.016, scalar=0.016, adamw_decay=0.0)
+FACTORS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
+
+
+def best_factor(width: int, rates: Rates) -> float:
+    """By which of `FACTORS` the rates must be multiplied for the lowest loss, of a letter model trained with AdamW."""
+    text = torch.tensor(list(inspect.getsource(argparse).encode())).clamp(max=127)
+    losses = []
+    for factor in FACTORS:
+        settings = [f"model.d_model={width}", "model.n_layers=2", "model.n_heads=1", "model.context_length=64"]
+        settings += ["training.optimizer=adamw", "training.schedule.warmup_steps=10", "training.adamw.weight_decay=0"]
+        settings += [f"training.adamw.learning_rate={factor * rates.hidden}", f"model.init_std={rates.init_std}"]
+        for name in ("embedding", "head", "scalar"):
+            settings.append(f"training.adamw.{name}_learning_rate={factor * getattr(rates, name)}")
+        config = with_vocab_size(load_config([], settings), 128)
+        model = Transformer(config.model)
+        model.init_weights(1)
+        optimizers = make_optimizers(model, config.training)
+        generator, last = torch.Generator().manual_seed(1), 0.0
+        for step in range(1, 81):
+            begin = torch.randint(len(text) - 64, (8, 1), generator=generator)
+            rows = text[begin + torch.arange(65)]
+            loss = model(rows[:, :-1], rows[:, 1:]) / (8 * 64)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizers.set_rate_factor(rate_factor(config.training.schedule, step, 80))
+            optimizers.step(~torch.isfinite(norm))
+            optimizers.zero_grad()
+            last += loss.item() if step > 60 else 0.0
+        losses.append(last)
+    return FACTORS[losses.index(min(losses))]
+
+
+@pytest.mark.slow
+def test_the_best_rate_of_a_narrow_model_is_that_of_a_wide_one() -> None:
+    """Four times as wide: the same multiple of the scaled rates is best; of the same rates, a far smaller one is."""
+    narrow = best_factor(32, TINY_RATES)
+    assert narrow not in (FACTORS[0], FACTORS[-1])
+    assert best_factor(128, scaled(replace(TINY, width=128), TINY, TINY_RATES)) == narrow
+    assert best_factor(128, TINY_RATES) <= narrow / 2
