@@ -62,8 +62,8 @@ class TestGroups:
         (hidden,) = parts["muon"].param_groups
         scalars = [f"blocks.{layer}.{name}_scale" for layer in (0, 1) for name in ("residual", "embedding")]
         tables = {f"value_embeddings.{layer}.weight" for layer in (0, 1)}
-        decayed, kept = (names(model, group) for group in parts["adamw"].param_groups)
-        assert set(scalars) <= kept and tables <= decayed
+        embedding, _, kept = (names(model, group) for group in parts["adamw"].param_groups)
+        assert set(scalars) <= kept and embedding == {"token_embedding.weight"} | tables
         assert {f"blocks.{layer}.attention.value_gate.weight" for layer in (0, 1)} <= names(model, hidden)
 
     def test_frozen_parameters_are_in_no_group(self) -> None:
