@@ -139,9 +139,11 @@ class TestSharded:
     def test_checkpoints_go_from_many_to_one_and_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A folder is taken wherever a file is, and the other way round; the curve stays that of one device."""
         monkeypatch.chdir(tmp_path)
-        write_corpus(tmp_path)
+        write_corpus(tmp_path, ends=[30, 500, 507, 1400, 4000])
         sharded = [*TWO, "training.parallelism=fsdp", "training.micro_batch_size=2"]
         settings = [*SETTINGS, "training.schedule.name=constant", "training.run_name=run"]
+        settings += ["model.value_embeddings=all", "model.residual_scaling=true", "model.window=9"]
+        settings += ["training.documents=masked", "data.loader.packing=best_fit", "training.z_loss=0.01"]
         command(tmp_path, "train", *settings, "training.max_steps=9", "training.checkpoint_dir=whole")
         Path("runs/run").rename("runs/whole")
         parts = ["training.checkpoint_dir=run", "training.max_steps=3", "training.sample_interval=3"]
