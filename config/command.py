@@ -40,6 +40,10 @@ Resume = Annotated[
         help="Go on from a checkpoint exactly where it stood: a file such as checkpoints/model_step_500.pt, or latest.",
     ),
 ]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="Compute the same bits every time, slower on a GPU (training.deterministic)."),
+]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")]
 
 
@@ -88,6 +92,11 @@ def resolve(
     config = load_config([*base, *([recipe] if recipe else [])], overrides or [])
     show(config, print_config)
     return config
+
+
+def with_determinism(overrides: Sequence[str] | None, wanted: bool) -> list[str]:
+    """The overrides with what `--deterministic` stands for."""
+    return [*(overrides or []), *(["training.deterministic=true"] if wanted else [])]
 
 
 def show(config: Config, wanted: bool = True) -> None:

@@ -79,6 +79,7 @@ class TrainingConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     fp8: bool
+    deterministic: bool
     compile: Literal["auto", True, False]
     parallelism: Literal["ddp", "fsdp", "hsdp"]
     shard_group: PositiveInt | None

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from config.command import Overrides, PrintConfig, Recipe, Resume, resolve, run, show
+from config.command import (
+    Deterministic,
+    Overrides,
+    PrintConfig,
+    Recipe,
+    Resume,
+    resolve,
+    run,
+    show,
+    with_determinism,
+)
 
 Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Processes on this machine, each with a GPU of its own.")]
 Device = Annotated[
@@ -28,6 +38,7 @@ def distributed_train(
     nodes: Nodes = 1,
     node_rank: NodeRank = 0,
     rendezvous: Rendezvous = None,
+    deterministic: Deterministic = False,
     print_config: PrintConfig = False,
 ) -> None:
     """Train on several GPUs or CPU processes, of one machine or more.
@@ -39,7 +50,7 @@ def distributed_train(
     """
     from training.environment import calm_threads
 
-    settings = [*(overrides or []), *([f"training.device={device}"] if device else [])]
+    settings = [*with_determinism(overrides, deterministic), *([f"training.device={device}"] if device else [])]
     if resume is None:
         resolve(recipe, settings, print_config)
     calm_threads()

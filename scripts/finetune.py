@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from config.command import Overrides, PrintConfig, Recipe, Resume, progress, run
+from config.command import Deterministic, Overrides, PrintConfig, Recipe, Resume, progress, run, with_determinism
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +48,7 @@ def finetune(
     recipe: Recipe = None,
     resume: Resume = None,
     preview: Preview = 0,
+    deterministic: Deterministic = False,
     print_config: PrintConfig = False,
 ) -> None:
     """Teach a trained model what to say, from examples.
@@ -62,7 +63,8 @@ def finetune(
     from config.load import to_yaml
     from training.finetuning import Asked, open_finetuning, starting_config
 
-    asked = Asked(dataset, validation, checkpoint, resume, [recipe] if recipe else [], overrides or [])
+    settings = with_determinism(overrides, deterministic)
+    asked = Asked(dataset, validation, checkpoint, resume, [recipe] if recipe else [], settings)
     if print_config:
         print(to_yaml(starting_config(asked)[0]), end="")
         raise typer.Exit()
@@ -71,11 +73,13 @@ def finetune(
     if preview:
         _show(job, preview)
         return
+    from training.determinism import determinism
     from training.trainer import train
 
     _describe(job)
     evaluate = _evaluator(job)
-    model = _starting_model(job, evaluate)
+    with determinism(job.config.training.deterministic):
+        model = _starting_model(job, evaluate)
     result = train(
         job.config,
         job.train,

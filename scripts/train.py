@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from config.command import Overrides, PrintConfig, Recipe, Resume, resolve, run, show
+from config.command import (
+    Deterministic,
+    Overrides,
+    PrintConfig,
+    Recipe,
+    Resume,
+    resolve,
+    run,
+    show,
+    with_determinism,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +28,11 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Recipe = None, overrides: Overrides = None, resume: Resume = None, print_config: PrintConfig = False
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    deterministic: Deterministic = False,
+    print_config: PrintConfig = False,
 ) -> None:
     """Train a language model on the token files: fresh, or on from a checkpoint.
 
@@ -28,14 +42,15 @@ def train(
     """
     from training.environment import calm_threads
 
+    settings = with_determinism(overrides, deterministic)
     if resume is None:
-        resolve(recipe, overrides, print_config)
+        resolve(recipe, settings, print_config)
     calm_threads()
     from training import trainer
     from training.pretraining import open_pretraining
     from training.resume import run_config
 
-    config, checkpoint = run_config([recipe] if recipe else [], overrides or [], resume)
+    config, checkpoint = run_config([recipe] if recipe else [], settings, resume)
     show(config, print_config)
     job = open_pretraining(config, checkpoint)
     _describe(job)

@@ -258,6 +258,7 @@ class Loop:
             "optimizer": self.optimizers.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "spikes": self.guard.state_dict(),
+            "threads": torch.get_num_threads(),
             "rng": randomness.capture(),
             "step": self.progress.step,
             "cursor": cursor,

@@ -15,6 +15,7 @@ from model.float8 import use_float8
 from model.transformer import Transformer
 from training import randomness
 from training.console import Console, count
+from training.determinism import determinism, fix_threads
 from training.distributed import Process, open_process
 from training.environment import keep_freed_memory
 from training.loop import Evaluate, Loop, Sample
@@ -72,7 +73,11 @@ def train(
     """
     keep_freed_memory()
     requests = Requests(config.training.max_hours)
-    with open_process(config.training.device, config.training.tensor_parallel) as process, catch_signals(requests):
+    with (
+        open_process(config.training.device, config.training.tensor_parallel) as process,
+        catch_signals(requests),
+        determinism(config.training.deterministic),
+    ):
         plan = make_plan(config, len(source), process.world_size)
         config = choose_rates(config, plan)
         training = config.training
@@ -101,6 +106,7 @@ def train(
             require_same_tokenizer(resume, state, tokenizer_fingerprint)
             require_same_data(resume, state, len(source), data_fingerprint)
             progress = load_state(state, resume, model, optimizers, precision, guard)
+            fix_threads(state.get("threads"))
 
         name = state["run_name"] if state else run_name(config)
         run_dir = Path(training.runs_dir) / name
