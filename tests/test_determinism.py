@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from config.errors import UserError
-from tests.small_runs import (SMALL, RandomSamples, command, differing, new_transformer, read_checkpoint, train_here, write_corpus,)
+from tests.small_runs import (
+    SMALL,
+    RandomSamples,
+    command,
+    differing,
+    new_transformer,
+    read_checkpoint,
+    train_here,
+    write_corpus,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from tests.small_runs import (
     train_here,
     write_corpus,
 )
+from training import spikes
 from training.resume import run_config
 
 LIVELY = ["model.dropout=0.1", "training.micro_batch_size=4", "training.max_steps=12", "training.checkpoint_interval=3"]
@@ -58,9 +59,28 @@ def compare_checkpoints(left: Path, right: Path) -> None:
             "training.batch_warmup.steps=9",
         ],
         ["training.optimizer=adamw", "training.precision=bf16", "training.gradient_checkpointing=full"],
+        [
+            "training.optimizer=adamw",
+            "training.precision=fp16",
+            "training.short_sequences.length=8",
+            "training.short_sequences.fraction=0.6",
+        ],
+        [
+            "model.value_embeddings=all",
+            "model.residual_scaling=true",
+            "model.logit_soft_cap=15",
+            "model.window=8",
+            "training.muon.orthogonalisation=polar_express",
+            "training.muon.steps=3",
+            "training.z_loss=0.001",
+            "training.gradient_checkpointing=selective",
+        ],
+        ["training.spike_factor=1.01", "training.save_in_background=true", "training.deterministic=true"],
     ],
 )
-def test_going_on_is_as_if_it_had_never_stopped(settings: list[str]) -> None:
+def test_going_on_is_as_if_it_had_never_stopped(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spikes, "SETTLED", 3)
+
     def sampler(model: Transformer) -> str:
         return str(torch.rand(3).tolist())
 
@@ -77,6 +97,8 @@ def test_going_on_is_as_if_it_had_never_stopped(settings: list[str]) -> None:
     assert Path("runs/part/samples.jsonl").read_text() == Path("runs/whole/samples.jsonl").read_text()
     assert [entry["from_step"] for entry in json.loads(Path("runs/part/environment.json").read_text())] == [0, 6]
     assert whole.step == 12
+    skipped = read_checkpoint(Path("part/model_step_12.pt"))["progress"]["spike_steps"]
+    assert (skipped > 0) == ("training.spike_factor=1.01" in settings)
 
 
 @pytest.mark.slow
