@@ -176,7 +176,9 @@ def measure(name: str, config: Config, seed: int) -> Trained:
         watch = Stopwatch(job.source, evaluator(job))
         fingerprint = job.tokenizer_fingerprint
         with redirect_stdout(io.StringIO()):
-            train(job.config, watch, tokenizer_fingerprint=fingerprint, evaluate=watch.evaluate)
+            result = train(job.config, watch, tokenizer_fingerprint=fingerprint, evaluate=watch.evaluate)
+    if result.stopped_by is not None:
+        raise typer.Exit(128 + result.stopped_by)
     return Trained(name, seed, watch.curve[-1][1], watch.seconds, watch.curve)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.ablations import MEANS, choose, main
+from benchmarks.ablations import MEANS, Stopwatch, choose, main
 from config.errors import UserError
 from config.load import load_config
+from evaluation.perplexity import Evaluation
 from tests.small_runs import SMALL, write_corpus
 
 
@@ -24,6 +27,25 @@ def test_what_the_recipe_has_anyway_is_left_out() -> None:
     assert variants["tied head"].model.tie_embeddings and variants["tied head"].training.schedule.name == "cosine"
     with pytest.raises(UserError, match="no means 'gelu'; choose from: AdamW alone"):
         choose(None, [], ["gelu"], None)
+
+
+def test_an_interrupt_ends_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    evaluate = Stopwatch.evaluate
+
+    def interrupt(watch: Stopwatch, *arguments: Any) -> Evaluation:
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(watch, *arguments)
+
+    monkeypatch.setattr(Stopwatch, "evaluate", interrupt)
+    settings = [*SMALL, "training.eval_interval=1"]
+    monkeypatch.setattr(
+        "sys.argv", ["ablations.py", "--try", "longer: training.max_steps=9", "--output", "a", *settings]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130 and not Path("a").exists()
 
 
 def test_losses_and_seconds_of_every_variant_and_seed(
