@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from config.earlier import BEFORE
 from config.errors import UserError
-from model.checkpoint import save_checkpoint
+from model.checkpoint import load_checkpoint, save_checkpoint
 from model.transformer import Transformer
 from tests.small_runs import (
     SMALL,
@@ -166,6 +167,19 @@ class TestConfiguration:
         key, _, value = setting.partition("=")
         with pytest.raises(UserError, match=f"was trained with {key}=.*cannot change to {value}"):
             run_config([], [setting], "latest")
+
+    def test_a_checkpoint_older_than_a_setting_goes_on_as_it_began(
+        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whatever the default is by now; here what was done before is said to have been another thing than that."""
+        state = load_checkpoint(checkpoint)
+        state["config"]["training"].pop("documents")
+        state["config"]["data"]["loader"].pop("packing")
+        save_checkpoint(checkpoint, {key: value for key, value in state.items() if key != "format"})
+        monkeypatch.setitem(BEFORE["training"], "documents", "masked")
+        monkeypatch.setitem(BEFORE["data"]["loader"], "packing", "best_fit")
+        config, _ = run_config([], [], str(checkpoint))
+        assert (config.training.documents, config.data.loader.packing) == ("masked", "best_fit")
 
     def test_writing_out_what_holds_anyway_is_no_change(self, checkpoint: Path) -> None:
         run_config([], ["training.sequence_length=32", "training.batch_size=8"], str(checkpoint))
