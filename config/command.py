@@ -44,6 +44,10 @@ Deterministic = Annotated[
     bool,
     typer.Option("--deterministic", help="Compute the same bits every time, slower on a GPU (training.deterministic)."),
 ]
+Profile = Annotated[
+    bool,
+    typer.Option("--profile", help="Watch a few steps: time line, costliest operators, memory; in runs/NAME/profile/."),
+]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")]
 
 

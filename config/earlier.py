@@ -19,6 +19,7 @@ BEFORE: dict[str, Any] = {
         "z_loss": 0.0,
         "fp8": False,
         "documents": "attend_across",
+        "price_per_device_hour": None,
     },
     "data": {
         "loader": {

@@ -104,6 +104,7 @@ class TrainingConfig(Section):
     spike_factor: Annotated[float, Field(gt=1.0)] | None
     max_skipped_in_a_row: PositiveInt
     z_loss: Annotated[float, Field(ge=0.0)]
+    price_per_device_hour: Rate | None
     log_interval: PositiveInt
     eval_interval: PositiveInt
     eval_tokens: PositiveInt

@@ -28,6 +28,8 @@ class RunFiles:
 
     directory: Path
     config: dict[str, Any]
+    recipe: dict[str, Any] | None
+    """The configuration before the command line changed single settings; None for runs that have not kept it."""
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     evaluation: dict[str, Any]
@@ -50,6 +52,7 @@ def read_run(directory: Path) -> RunFiles:
     return RunFiles(
         directory=directory,
         config=yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")),
+        recipe=_yaml(directory / "recipe.yaml"),
         metrics=_json_lines(directory / "metrics.jsonl"),
         samples=_json_lines(directory / "samples.jsonl"),
         evaluation=_json(directory / "evaluation.json", {}),
@@ -76,8 +79,14 @@ def figures(run: RunFiles) -> list[tuple[str, str]]:
         ("steps", _number(run.last("step"), ",")),
         ("tokens trained on", _number(run.last("tokens"), ",")),
         ("seconds of training", _number(run.last("seconds"), ",.0f")),
+        *_cost(run),
     ]
     return [(label, value) for label, value in pairs if value]
+
+
+def write_page(directory: Path) -> None:
+    """The page of the run in `directory`, from what it has written so far."""
+    write_report(read_run(directory))
 
 
 def write_report(run: RunFiles) -> Path:
@@ -91,13 +100,27 @@ def write_report(run: RunFiles) -> Path:
         figures=figures(run),
         curves=base64.b64encode(run.curves.read_bytes()).decode() if run.curves.is_file() else None,
         samples=_spread(run.samples, _MOST_SAMPLES),
-        changes=_changes(run.config, load_config().model_dump()),
+        changes=_changes(run.config, run.recipe or load_config().model_dump()),
+        changed_from="its recipe" if run.recipe else "the defaults that ship",
         configuration=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         environment=list(run.environment[-1].items()) if run.environment else [],
     )
     path = run.directory / REPORT
     write_text(path, page)
     return path
+
+
+def _cost(run: RunFiles) -> list[tuple[str, str]]:
+    """What the run has taken so far: arithmetic, memory, device-hours, and money where a price is given."""
+    seconds, flops, memory = (run.last(key) for key in ("seconds", "flops", "memory_bytes"))
+    price = run.config["training"].get("price_per_device_hour")
+    hours = (seconds or 0) * (run.environment[-1]["processes"] if run.environment else 1) / 3600
+    return [
+        ("floating-point operations", _number(flops, ".3g")),
+        ("device-hours", _number(hours if seconds else None, ",.2f")),
+        ("cost so far", _number(hours * price if price and seconds else None, ",.2f")),
+        ("memory of a device, GB", "" if memory is None else f"{memory / 1e9:,.1f}"),
+    ]
 
 
 def _changes(config: Any, default: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -123,6 +146,10 @@ def _number(value: Any, form: str) -> str:
 
 def _json(path: Path, missing: Any) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else missing
+
+
+def _yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from config.command import (
     Deterministic,
     Overrides,
     PrintConfig,
+    Profile,
     Recipe,
     Resume,
     resolve,
@@ -39,6 +40,7 @@ def distributed_train(
     node_rank: NodeRank = 0,
     rendezvous: Rendezvous = None,
     deterministic: Deterministic = False,
+    profile: Profile = False,
     print_config: PrintConfig = False,
 ) -> None:
     """Train on several GPUs or CPU processes, of one machine or more.
@@ -68,6 +70,7 @@ def distributed_train(
     check_command_line(config, checkpoint, machines.world_size)
     arguments = [*(["--config", str(recipe)] if recipe else []), *settings]
     arguments += ["--resume", str(checkpoint)] if checkpoint else []
+    arguments += ["--profile"] if profile else []
     script = Path(__file__).with_name("train.py")
     status = launch(script, arguments, machines, share_cores=config.training.device == "cpu")
     if status:

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from config.command import Deterministic, Overrides, PrintConfig, Recipe, Resume, progress, run, with_determinism
+from config.command import (
+    Deterministic,
+    Overrides,
+    PrintConfig,
+    Profile,
+    Recipe,
+    Resume,
+    progress,
+    run,
+    with_determinism,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,6 +59,7 @@ def finetune(
     resume: Resume = None,
     preview: Preview = 0,
     deterministic: Deterministic = False,
+    profile: Profile = False,
     print_config: PrintConfig = False,
 ) -> None:
     """Teach a trained model what to say, from examples.
@@ -73,6 +84,9 @@ def finetune(
     if preview:
         _show(job, preview)
         return
+    from dataclasses import replace
+
+    from evaluation.run_report import write_page
     from training.determinism import determinism
     from training.trainer import train
 
@@ -90,6 +104,9 @@ def finetune(
         model=model,
         resume=job.resume,
         finetuning=job.about,
+        recipe=starting_config(replace(asked, overrides=[]))[0] if job.resume is None else None,
+        page=write_page,
+        profile=profile,
     )
     if result.is_main:
         _report(job, result)

@@ -10,6 +10,7 @@ from config.command import (
     Deterministic,
     Overrides,
     PrintConfig,
+    Profile,
     Recipe,
     Resume,
     resolve,
@@ -32,6 +33,7 @@ def train(
     overrides: Overrides = None,
     resume: Resume = None,
     deterministic: Deterministic = False,
+    profile: Profile = False,
     print_config: PrintConfig = False,
 ) -> None:
     """Train a language model on the token files: fresh, or on from a checkpoint.
@@ -46,6 +48,8 @@ def train(
     if resume is None:
         resolve(recipe, settings, print_config)
     calm_threads()
+    from config.load import load_config
+    from evaluation.run_report import write_page
     from training import trainer
     from training.pretraining import open_pretraining
     from training.resume import run_config
@@ -62,6 +66,9 @@ def train(
         evaluate=evaluator(job),
         sampler=_sampler(job),
         resume=checkpoint,
+        recipe=load_config([recipe] if recipe else []) if checkpoint is None else None,
+        page=write_page,
+        profile=profile,
     )
     if result.is_main:
         _report(result)
@@ -154,7 +161,7 @@ def _report(result: TrainResult) -> None:
     loss = result.validation_loss
     if loss is not None:
         print(f"Trained to step {result.step:,}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}.")
-    print(f"Wrote {result.checkpoint} and {result.run_dir}/ (metrics.jsonl, curves.png). Next: python scripts/eval.py")
+    print(f"Wrote {result.checkpoint} and {result.run_dir}/ (report.html, metrics.jsonl). Next: python scripts/eval.py")
 
 
 def main() -> None:

@@ -34,11 +34,13 @@ from training import randomness
 from training.checkpointing import GOES_ON
 from training.console import Console, count, duration
 from training.distributed import Process
+from training.gauges import memory_in_use, temperature
 from training.meter import Meter
 from training.optimizers import Optimizers
 from training.parallelism import aside, averaged_over, micro_batch
 from training.plan import Plan
 from training.precision import Precision
+from training.profiling import Profile
 from training.record import Record
 from training.schedules import piece_length, rate_factor
 from training.setup import Progress
@@ -83,6 +85,7 @@ class Loop:
     tokenizer_fingerprint: str
     finetuning: dict[str, Any] | None
     validation_loss: float | None
+    profile: Profile | None = None
     reading: str = ""
 
     def run(self, source: SampleSource) -> int | None:
@@ -127,16 +130,22 @@ class Loop:
                 if stopped:
                     return asked - STOP
                 self.console.status(f"step {step}/{plan.steps}{self.reading}")
+                if self.profile is not None:
+                    self.profile.step()
             return None
         finally:
             gc.unfreeze()
             loader.close()
+            if self.profile is not None:
+                self.profile.close()
 
     def _update(self, step: int, batch: Batch, samples: range) -> None:
         """One optimizer step over the global batch `samples`; `batch` is this process's share of it, (rows, time)."""
         training, plan, process, device = self.config.training, self.plan, self.process, self.process.device
         length = piece_length(training.short_sequences, step, plan.steps, plan.sequence_length)
-        self.meter.add(plan.tokens_of(step), self.model.flops_per_token(length))
+        flops_per_token = self.model.flops_per_token(length)
+        self.meter.add(plan.tokens_of(step), flops_per_token)
+        self.progress.flops += plan.tokens_of(step) * flops_per_token
         valid = process.total(int((batch.targets != IGNORED).sum()))
         if valid == 0:
             self.progress.empty_steps += 1
@@ -196,6 +205,8 @@ class Loop:
         left = duration((self.plan.steps - step) * reading.seconds_per_step)
         shown = "    -" if reading.loss is None else f"{reading.loss:.3f}"
         self.reading = f"  loss {shown}  {count(reading.tokens_per_second)} tok/s  MFU {reading.mfu:.0%}  ETA {left}"
+        memory, degrees = memory_in_use(self.process.device), temperature(self.process.device)
+        self.reading += f"  {count(memory)}B" + ("" if degrees is None else f"  {degrees}°C")
         self.console.progress(f"step {step}/{self.plan.steps}{self.reading}")
         if validation_loss is not None:
             self.console.say(f"step {step}/{self.plan.steps}  validation loss {validation_loss:.4f}")
@@ -211,6 +222,9 @@ class Loop:
             "tokens_per_second": reading.tokens_per_second,
             "mfu": reading.mfu,
             "seconds": self.progress.elapsed(),
+            "flops": self.progress.flops,
+            "memory_bytes": memory,
+            "gpu_temperature": degrees,
             "skipped_steps": self.progress.skipped_steps,
         }
         with self.meter.aside():

@@ -10,18 +10,26 @@ from config.errors import UserError
 from config.schema import Config
 from training.checkpointing import Checkpoints
 from training.console import Console
-from training.tracking import Tracker
+from training.tracking import Page, Tracker
 
 
 class Record:
     """The record of one run in `directory`, continued where `state`, the checkpoint resumed from, is not empty."""
 
-    def __init__(self, config: Config, directory: Path, console: Console, state: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        console: Console,
+        state: dict[str, Any],
+        recipe: Config | None = None,
+        page: Page | None = None,
+    ) -> None:
         self._config = config
         self.checkpoints = Checkpoints(config.training, directory.name, console.say, state.get("best"))
         step = state.get("step", 0)
         self.checkpoints.set_aside_others(step)
-        self.tracker = Tracker(directory, config, console.say, step, state.get("wandb_id"))
+        self.tracker = Tracker(directory, config, console.say, step, state.get("wandb_id"), recipe, page)
 
     def save(self, state: dict[str, Any], final: bool, parts: Path | None = None) -> UserError | None:
         """Save a checkpoint; returns what kept it from being written, such as a full disk, if that is known already."""

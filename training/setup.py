@@ -29,6 +29,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
     empty_steps: int = 0
     non_finite_steps: int = 0
     spike_steps: int = 0
@@ -56,6 +57,7 @@ class Progress:
         """As plain values, for a checkpoint."""
         return {
             "seconds": self.elapsed(),
+            "flops": self.flops,
             "empty_steps": self.empty_steps,
             "non_finite_steps": self.non_finite_steps,
             "spike_steps": self.spike_steps,

@@ -6,6 +6,7 @@ metrics.jsonl      one JSON object per logged step
 samples.jsonl      sample texts over time
 skipped.jsonl      the batches of steps that were left out, if there were any
 curves.png         losses and learning rate
+recipe.yaml        what the configuration was before the command line changed single settings
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ SAMPLES = "samples.jsonl"
 SKIPPED = "skipped.jsonl"
 CURVES = "curves.png"
 ENVIRONMENT = "environment.json"
+RECIPE = "recipe.yaml"
+
+Page = Callable[[Path], object]  # makes the page of the run in a folder
 
 
 class Tracker:
@@ -38,7 +42,16 @@ class Tracker:
     A run that resumes at `step` loses what an earlier attempt recorded after it.
     """
 
-    def __init__(self, directory: Path, config: Config, warn: Callable[[str], None], step: int, wandb_id: str | None):
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        warn: Callable[[str], None],
+        step: int,
+        wandb_id: str | None,
+        recipe: Config | None = None,
+        page: Page | None = None,
+    ) -> None:
         self.directory = directory
         self._warn = warn
         self._warned = False
@@ -48,6 +61,9 @@ class Tracker:
         for name in (SAMPLES, SKIPPED):
             _truncate(directory / name, step)
         save_config(config, directory / "config.yaml")
+        if recipe is not None:
+            save_config(recipe, directory / RECIPE)
+        self._page = page
         _append_environment(directory / ENVIRONMENT, step)
         self._wandb = WandbRun(config, directory, wandb_id, warn)
 
@@ -74,12 +90,14 @@ class Tracker:
         self._append(SKIPPED, row)
 
     def draw(self, now: bool = False) -> None:
-        """Bring `curves.png` up to date; without `now` at most every ten seconds, since it takes a third of one."""
+        """Bring `curves.png` and the page up to date; without `now` at most every ten seconds: it takes half of one."""
         if not now and time.monotonic() - self._drawn < 10:
             return
         self._drawn = time.monotonic()
         try:
             plot_curves(self.rows, self.directory / CURVES, self.directory.name)
+            if self._page is not None:
+                self._page(self.directory)
         except UserError as error:
             self._complain(str(error))
 

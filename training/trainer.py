@@ -25,6 +25,7 @@ from training.parallelism import deal, parallelise
 from training.plan import Plan, make_plan
 from training.precision import Precision, require_float8
 from training.probing import is_out_of_memory, largest_micro_batch, memory_advice
+from training.profiling import PROFILE, Profile
 from training.record import Record
 from training.resume import require_same_data, require_same_tokenizer
 from training.scaling import choose_rates, describe
@@ -32,6 +33,7 @@ from training.setup import Progress, load_state, new_model, run_name, should_com
 from training.signals import Requests, catch_signals
 from training.spikes import SpikeGuard
 from training.throughput import measure_peak_flops
+from training.tracking import Page
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +64,16 @@ def train(
     resume: Path | None = None,
     data_fingerprint: str | None = None,
     finetuning: dict[str, Any] | None = None,
+    recipe: Config | None = None,
+    page: Page | None = None,
+    profile: bool = False,
 ) -> TrainResult:
     """Train on `source` as `config.training` says, writing checkpoints and a record of the run.
 
     `model` gives start weights (fine-tuning), else they are drawn from `training.seed`; `resume` is a checkpoint to
     continue bit for bit. `finetuning` is what every checkpoint is to tell of the examples: their format above all.
+    `recipe` is the configuration before single settings changed it, for the record; `page` draws the run's page now
+    and then; `profile` watches a few steps and writes to `profile/` in the run's folder.
     Every process calls `evaluate` at the same steps, the main one alone `sampler`; neither disturbs the run.
     Raises `UserError` where configuration, data and checkpoint do not go together, where no gradient is finite any
     more, and where the last checkpoint cannot be written.
@@ -115,7 +122,7 @@ def train(
             return TrainResult(progress.step, plan.steps, run_dir, resume, loss, None, True, process.is_main)
 
         console = Console(enabled=process.is_main)
-        record = _open_record(with_run_name(config, name), run_dir, console, state, process)
+        record = _open_record(process, with_run_name(config, name), run_dir, console, state, recipe, page)
         console.say(_headline(name, model, plan, process, precision, progress))
         if chosen := describe(config):
             console.say(chosen)
@@ -141,6 +148,7 @@ def train(
             tokenizer_fingerprint=tokenizer_fingerprint,
             finetuning=finetuning,
             validation_loss=loss,
+            profile=Profile(run_dir / PROFILE, process.device, console.say) if profile and process.is_main else None,
         )
         try:
             stopped_by = loop.run(source)
@@ -164,14 +172,12 @@ def _probe(model: Transformer, plan: Plan, precision: Precision, process: Proces
     return largest_micro_batch(model, plan.rows, plan.sequence_length, precision, process, coming)
 
 
-def _open_record(
-    config: Config, run_dir: Path, console: Console, state: dict[str, Any], process: Process
-) -> Record | None:
+def _open_record(process: Process, *parts: Any) -> Record | None:
     """The record, in the main process alone; all others wait until its files are in place."""
     record, error = None, None
     if process.is_main:
         try:
-            record = Record(config, run_dir, console, state)
+            record = Record(*parts)
         except UserError as raised:
             error = raised
     process.fail_together(error)
