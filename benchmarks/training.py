@@ -9,7 +9,7 @@
 `speed`: tokens per second of everyone's own loop on a model of one shape, medians over rounds in which each has a turn;
 ours once with nanoGPT's model and optimizer, and once as the configuration has it. MFU is against the fastest matrix
 product measured on the device, in whatever type.
-`target`: seconds of training until the loss at which nanoGPT ends with the CPU settings of its README.
+`target`: seconds of training until the losses at which nanoGPT (CPU settings of its README) and nanochat end.
 `same-seconds`: the loss after as many seconds as our recipe takes.
 
 Every model is scored by one function on every token of `val.bin`, with half a window of context or more. Seconds are
@@ -60,6 +60,7 @@ README: dict[str, Any] = {
     "learning_rate": 1e-3,
     "steps": 2000,
 }
+OURS = "Quern"
 WARM_UP = 3  # updates, which compile and fill caches
 GPT2 = [
     "model.position=learned",
@@ -129,10 +130,10 @@ def target(
     tuned_rate: Annotated[float, typer.Option(help="A learning rate that suits nanoGPT better than its own.")] = 3e-3,
     python: Python = sys.executable,
 ) -> None:
-    """Seconds until the loss at which nanoGPT ends with its README's CPU settings; the schedule ends with the run.
+    """Seconds of training until the loss at which each run of a peer ends; every schedule ends with its run.
 
-    --steps, --tuned and --nanochat-steps are updates of ours, of nanoGPT at the better rate, and of nanochat: the
-    shortest run that reaches the loss counts.
+    --steps, --tuned and --nanochat-steps are updates of ours, of nanoGPT at the better rate, and of nanochat. nanoGPT
+    with the CPU settings of its README takes 2,000.
     """
     words = overrides or []
     settings = load_config([config] if config else [], words)
@@ -146,8 +147,8 @@ def target(
         task = replace(readme, peer="nanochat", checkout=checkouts["nanochat"], steps=number)
         contenders.append(_peer("nanochat", task, python))
     for number in steps or [settings.training.max_steps or 0]:
-        contenders.append(_ours("Quern", settings, config, [*words, f"training.max_steps={number}"], score=True))
-    results = _turns("Seconds to nanoGPT's loss", contenders, range(1, seeds + 1), _peak(settings))
+        contenders.append(_ours(OURS, settings, config, [*words, f"training.max_steps={number}"], score=True))
+    results = _turns("Loss and seconds", contenders, range(1, seeds + 1), _peak(settings))
     _print_seconds_to(contenders, results)
 
 
@@ -157,7 +158,7 @@ def same_seconds(
     """The loss of nanoGPT after the seconds that our recipe takes: with its README's settings, and at 3e-3."""
     words = overrides or []
     settings = load_config([config] if config else [], words)
-    ours = _ours("Quern", settings, config, words, score=True)
+    ours = _ours(OURS, settings, config, words, score=True)
     print("One run of ours and a short one of nanoGPT, to see how many updates fit ...")
     budget = _seconds(ours.run(0))
     readme = replace(_task(settings, "nanogpt", _checkouts(peers)["nanogpt"]), **README, compile=False)
@@ -320,16 +321,18 @@ def _rate(contender: Contender, found: list[Result]) -> float:
 
 
 def _print_seconds_to(contenders: list[Contender], results: list[list[Result]]) -> None:
-    """Seconds of the shortest run of each that reaches the loss of the first, by the medians over seeds."""
+    """For every run of a peer, our shortest run that reaches its loss, by the medians over seeds."""
     losses = [statistics.median(result.loss or 0 for result in found) for found in results]
     seconds = [statistics.median(map(_seconds, found)) for found in results]
-    print(f"Seconds to a loss of {losses[0]:.3f}:")
-    for name in dict.fromkeys(contender.name for contender in contenders):
-        reached = [
-            time for each, time, loss in zip(contenders, seconds, losses) if each.name == name and loss <= losses[0]
-        ]
-        what = f"{min(reached):.1f} ({min(reached) / seconds[0]:.2f} of nanoGPT's)" if reached else "not reached"
-        print(f"  {name}: {what}")
+    ours = [n for n, contender in enumerate(contenders) if contender.name == OURS]
+    for n, contender in enumerate(contenders):
+        if n in ours:
+            continue
+        reached = [seconds[m] for m in ours if losses[m] <= losses[n]]
+        took = (
+            f"{min(reached):.1f} s, {min(reached) / seconds[n]:.2f} of that" if reached else "no run of ours gets there"
+        )
+        print(f"{contender.name}, {contender.updates} updates: {losses[n]:.3f} after {seconds[n]:.1f} s; ours: {took}")
 
 
 def main() -> None:
