@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,24 @@ def test_recomputing_activations_makes_room() -> None:
     assert fitting(model, memory) == 6
     model.set_gradient_checkpointing("full")
     assert fitting(model, memory) >= 12
+
+
+@dataclass(frozen=True, slots=True)
+class Crowded(Process):
+    """One of two processes. The other has room for fewer sequences, and says so the fourth time it is asked."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def largest(self, number: int) -> int:
+        """What a reduction over both would give."""
+        self.asked.append(number)
+        return max(number, int(len(self.asked) > 3))
+
+
+def test_all_processes_take_what_fits_in_each() -> None:
+    process = Crowded(0, 2, CPU)
+    assert largest_micro_batch(new_transformer(), 24, 32, Precision("fp32", CPU), process, memory=2**34) == 3
+    assert process.asked == [0, 0, 0, 0], "here there was room"
 
 
 def test_nothing_is_left_behind() -> None:
