@@ -16,6 +16,10 @@ BEFORE: dict[str, Any] = {
         "window_pattern": "L",
     },
     "training": {
+        "learning_rate": None,
+        "adamw": {"embedding_learning_rate": None, "head_learning_rate": None, "scalar_learning_rate": None},
+        "muon": {"orthogonalisation": "newton_schulz", "second_moment": None},
+        "cautious_weight_decay": False,
         "z_loss": 0.0,
         "fp8": False,
         "documents": "attend_across",

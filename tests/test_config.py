@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from config.earlier import with_keys_added_since
 from config.errors import UserError
 from config.load import CONFIG_DIR, SECTIONS, config_from_dict, load_config, save_config, with_vocab_size
 from config.schema import Config
@@ -168,6 +169,18 @@ class TestSnapshots:
         changed = load_config([], ["training.muon.steps=3"], saved=("model_step_5.pt", tree))
         assert changed.training.muon.steps == 3
         assert "newton_schulz_steps" in tree["training"]["muon"], "what was read is left as it was"
+
+    def test_an_older_optimizer_is_the_one_it_was(self) -> None:
+        """Whatever has become the default since, a checkpoint from before these keys existed goes on without them."""
+        changes = ["muon.orthogonalisation=polar_express", "muon.second_moment=0.9", "adamw.head_learning_rate=0.5"]
+        overrides = [f"training.{change}" for change in [*changes, "learning_rate=auto", "cautious_weight_decay=true"]]
+        tree = load_config([], overrides).model_dump()
+        training = tree["training"]
+        del training["muon"]["orthogonalisation"], training["muon"]["second_moment"]
+        del training["adamw"]["head_learning_rate"], training["learning_rate"], training["cautious_weight_decay"]
+        found = config_from_dict(with_keys_added_since(tree), "model_step_5.pt").training
+        assert (found.muon.orthogonalisation, found.muon.second_moment) == ("newton_schulz", None)
+        assert (found.adamw.head_learning_rate, found.learning_rate, found.cautious_weight_decay) == (None, None, False)
 
     def test_the_configuration_is_frozen(self) -> None:
         with pytest.raises(ValueError):
