@@ -98,6 +98,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float
     grouped = query.shape[1] != key.shape[1]
     if isinstance(mask, BlockMask):
         assert dropout == 0.0
+        # Autocast, which may have left queries and keys in float32, does not reach FlexAttention.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         kernel = flex_attention if torch.compiler.is_compiling() or query.is_cpu else _compiled_flex_attention()
         return cast(Tensor, cast(Any, kernel)(query, key, value, block_mask=mask, enable_gqa=grouped))
     if isinstance(mask, Pieces):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from config.model import ModelConfig
 from model.cache import KVCache
 
 # Up to this many tokens a mask is no slower than a call per document; at 1024 the calls take half the time.
@@ -27,6 +28,11 @@ class Pieces(NamedTuple):
 
 Mask = Tensor | BlockMask | Pieces | None
 Masks = dict[int | None, Mask]  # by window; None is the whole context
+
+
+def flex_takes(config: ModelConfig) -> bool:
+    """Whether FlexAttention computes the attention of this model: it has no dropout, and no narrower heads than 16."""
+    return config.dropout == 0.0 and config.head_dim >= 16
 
 
 def causal_masks(

@@ -17,7 +17,7 @@ from model.cache import KVCache
 from model.feed_forward import FeedForward
 from model.init import NoDefaultInit, initialise
 from model.loss import linear_cross_entropy, soft_capped
-from model.masks import cached_masks, causal_masks
+from model.masks import cached_masks, causal_masks, flex_takes
 from model.norms import make_norm
 from model.positions import RotaryTables, Rotation
 
@@ -131,7 +131,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{length} tokens do not fit into the context of {self.config.context_length}")
         windows, positions, of_cache = self.config.layer_windows, None, False
         if cache is None:
-            flex = tokens.is_cuda and torch.is_grad_enabled() and not self.config.dropout
+            flex = tokens.is_cuda and torch.is_grad_enabled() and flex_takes(self.config)
             fixed = self.blocks_compiled or torch.compiler.is_compiling()
             masks = causal_masks(windows, (tokens.shape[0], length), documents, tokens.device, flex, fixed)
         else:

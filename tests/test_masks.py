@@ -11,7 +11,7 @@ from torch import Tensor
 from config.errors import UserError
 from config.load import load_config
 from model.attention import attend
-from model.masks import Pieces, causal_masks
+from model.masks import Pieces, causal_masks, flex_takes
 from model.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -88,6 +88,19 @@ class TestWays:
             results.append([mixed, *torch.autograd.grad(mixed, (query, key, value), upstream)])
         relative, absolute = (0.05, 0.05) if dtype == torch.bfloat16 else (1e-4, 1e-5)
         torch.testing.assert_close(results[0], results[1], rtol=relative, atol=absolute)
+
+    def test_flex_attention_takes_what_autocast_leaves_in_two_types(self) -> None:
+        query, key, value = random_heads(2, 40)
+        mask = causal_masks([9], (2, 40), None, CPU, flex=True)[9]
+        exact = attend(query, key, value, mask, 0.0)
+        mixed = attend(query, key, value.bfloat16(), mask, 0.0)
+        assert mixed.dtype == torch.bfloat16
+        torch.testing.assert_close(mixed.float(), exact, rtol=0.05, atol=0.05)
+
+    def test_which_models_flex_attention_takes(self) -> None:
+        assert flex_takes(small_model("n_heads=2").config)
+        assert not flex_takes(small_model("n_heads=2", "dropout=0.1").config)
+        assert not flex_takes(small_model("n_heads=4").config)
 
     def test_flex_attention_is_one_graph_with_its_mask(self) -> None:
         """Without gradients, which FlexAttention has on a GPU alone."""
