@@ -37,7 +37,8 @@ Resume = Annotated[
     typer.Option(
         "--resume",
         metavar="CHECKPOINT",
-        help="Go on from a checkpoint exactly where it stood: a file such as checkpoints/model_step_500.pt, or latest.",
+        help="Go on from a checkpoint exactly where it stood: a file such as checkpoints/model_step_500.pt, or latest. "
+        "For training, auto: from the latest of training.run_name, or from the beginning.",
     ),
 ]
 Deterministic = Annotated[

@@ -52,9 +52,13 @@ def train(
     from evaluation.run_report import write_page
     from training import trainer
     from training.pretraining import open_pretraining
+    from training.restarts import AUTO, own_checkpoint
     from training.resume import run_config
 
-    config, checkpoint = run_config([recipe] if recipe else [], settings, resume)
+    recipes, restarting = [recipe] if recipe else [], resume == AUTO
+    if restarting:
+        resume = own_checkpoint(recipes, settings)
+    config, checkpoint = run_config(recipes, settings, resume)
     show(config, print_config)
     job = open_pretraining(config, checkpoint)
     _describe(job)
@@ -66,9 +70,10 @@ def train(
         evaluate=evaluator(job),
         sampler=_sampler(job),
         resume=checkpoint,
-        recipe=load_config([recipe] if recipe else []) if checkpoint is None else None,
+        recipe=load_config(recipes) if checkpoint is None else None,
         page=write_page,
         profile=profile,
+        keep_name=restarting,
     )
     if result.is_main:
         _report(result)

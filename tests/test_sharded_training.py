@@ -42,36 +42,37 @@ with open_process("cpu") as process:
 """
 
 DEALT_MUON = """
+from functools import partial
 import torch
 import training.muon
-from torch import nn
-from tests.small_runs import small_config
+from model.sharding import fill
+from tests.small_runs import new_transformer, small_config
 from training.distributed import open_process
 from training.layout import make_layout
 from training.optimizers import make_optimizers
-from training.sharding import make_mesh
+from training.parallelism import deal
+from training.precision import Precision
+from training.setup import new_model
 from training.shares import take_gradients
-from torch.distributed.fsdp import fully_shard
-from model.sharding import fill
 
-training.muon.has_fast_bfloat16 = lambda device: False  # in float32 the order of sums is all that differs
-SHAPES = [(3,), (5, 7), (16, 3), (5, 7), (2, 8), (5, 7), (5, 7)]
-SETTINGS = ["training.optimizer=muon", "training.muon.second_moment=0.9", "training.muon.weight_decay=0.1"]
-
-
-def matrices() -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    return nn.ParameterList(torch.randn(shape, generator=generator) for shape in SHAPES)
-
+training.muon.has_fast_bfloat16 = lambda device: False
+MODEL = ["model.d_ff=50", "model.zero_init_projections=false"]
+SETTINGS = [*MODEL, "training.muon.second_moment=0.9", "training.muon.weight_decay=0.1"]
+WAYS = [
+    ["training.parallelism=ddp"],
+    ["training.parallelism=fsdp"],
+    ["training.parallelism=hsdp", "training.shard_group=2"],
+    ["training.parallelism=fsdp", "training.tensor_parallel=2"],
+    ["training.parallelism=ddp", "training.tensor_parallel=2"],
+]
 
 with open_process("cpu") as process:
-    for parallelism in ("ddp", "fsdp", "hsdp"):
-        config = small_config(*SETTINGS, f"training.parallelism={parallelism}", "training.shard_group=2")
+    precision = Precision("fp32", process.device)
+    for way in WAYS:
+        config = small_config(*SETTINGS, *way)
         layout = make_layout(config, process.world_size)
-        alone, together = matrices(), matrices()
-        if parallelism != "ddp":
-            mesh = make_mesh(layout, process.device)
-            fully_shard(together, mesh=mesh["replicate", "shard"])
+        alone = new_transformer(*MODEL)
+        together = new_model(config, process.device, partial(deal, layout=layout, process=process, precision=precision))
         one = make_optimizers(alone, config.training)
         many = make_optimizers(together, config.training, layout=layout)
         for step in range(3):
@@ -83,13 +84,13 @@ with open_process("cpu") as process:
             take_gradients(many.shares)
             one.step(torch.tensor(step == 1))
             many.step(torch.tensor(step == 1))
-        for left, right in zip(alone.parameters(), together.parameters(), strict=True):
-            whole = right.full_tensor() if parallelism != "ddp" else right
-            torch.testing.assert_close(whole, left, rtol=1e-5, atol=1e-6)
-        assert not torch.equal(left, matrices()[-1])
-        moments = [state["second_moment"] for state in many.parts["muon"].state_dict()["state"].values()]
-        wanted = [state["second_moment"] for state in one.parts["muon"].state_dict()["state"].values()]
-        torch.testing.assert_close(moments, wanted)
+        before = new_transformer(*MODEL)
+        for old, left, right in zip(*(model.parameters() for model in (before, alone, together)), strict=True):
+            whole = right.full_tensor() if layout.shares_weights else right
+            torch.testing.assert_close(whole, left, rtol=1e-5, atol=1e-5)
+            assert not torch.equal(left, old)
+        states = [optimizers.parts["muon"].state_dict()["state"] for optimizers in (one, many)]
+        torch.testing.assert_close(*([state[key]["second_moment"] for key in sorted(state)] for state in states))
 """
 
 
@@ -109,6 +110,12 @@ class TestLayout:
         with pytest.raises(UserError, match="shard_group=3 does not divide the 8 shares"):
             make_layout(small_config("training.parallelism=hsdp", "training.shard_group=3"), 8)
 
+    def test_slices_need_whole_heads(self) -> None:
+        sliced = small_config("training.parallelism=fsdp", "training.tensor_parallel=2")
+        assert make_layout(sliced, 8) == Layout(shard=4, tensor=2)
+        with pytest.raises(UserError, match="tensor_parallel=4 does not divide model.n_heads=2"):
+            make_layout(small_config("training.tensor_parallel=4"), 8)
+
 
 @pytest.mark.slow
 class TestSharded:
@@ -117,7 +124,7 @@ class TestSharded:
         run_processes(tmp_path, 3, INITIAL_WEIGHTS)
 
     def test_muon_deals_matrices_and_moves_them_as_on_one_device(self, tmp_path: Path) -> None:
-        """Data parallel, sharded, and in groups; neither shapes nor shards come out even, and some are empty."""
+        """Data parallel, sharded, in groups, and sliced; neither matrices nor their parts come out even."""
         run_processes(tmp_path, 4, DEALT_MUON)
 
     @pytest.mark.parametrize(
@@ -125,6 +132,7 @@ class TestSharded:
         [
             (2, ["training.parallelism=fsdp", "training.micro_batch_size=2"]),
             (4, ["training.parallelism=hsdp", "training.shard_group=2", "training.micro_batch_size=1"]),
+            (4, ["training.parallelism=fsdp", "training.tensor_parallel=2", "training.micro_batch_size=2"]),
         ],
     )
     def test_learns_what_one_device_does(self, tmp_path: Path, processes: int, settings: list[str]) -> None:

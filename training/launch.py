@@ -20,12 +20,16 @@ GRACE = 600  # seconds that processes asked to stop get for finishing a step and
 
 @dataclass(frozen=True, slots=True)
 class Machines:
-    """`processes` on each of `nodes` machines, this one being number `node_rank`, meeting at `rendezvous` HOST:PORT."""
+    """`processes` on each of `nodes` machines, this one being number `node_rank`, meeting at `rendezvous` HOST:PORT.
+
+    Processes that are lost are started again up to `max_restarts` times, all of them together.
+    """
 
     processes: int
     nodes: int = 1
     node_rank: int = 0
     rendezvous: str | None = None
+    max_restarts: int = 0
 
     def __post_init__(self) -> None:
         if self.nodes > 1 and self.rendezvous is None:
@@ -68,7 +72,12 @@ def launch(script: Path, arguments: Sequence[str], machines: Machines, share_cor
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // machines.processes) if share_cores else 1))
     os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "OFF")
+    if machines.max_restarts:
+        # The store that the launchers share keeps what an earlier group said, and a new launcher would wait in vain for
+        # it to be said again (PyTorch 2.13). Each group makes a store of its own instead.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     options = ["--nproc-per-node", str(machines.processes), "--shutdown-timeout", str(GRACE)]
+    options += ["--max-restarts", str(machines.max_restarts)]
     if machines.nodes == 1 and machines.rendezvous is None:
         options += ["--standalone"]
     else:

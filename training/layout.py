@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from config.errors import UserError
+from config.model import ModelConfig
 from config.schema import Config
 
 
@@ -47,6 +48,7 @@ def make_layout(config: Config, world_size: int) -> Layout:
             f"training.tensor_parallel={tensor} does not divide the {world_size} processes of this run. "
             "Start a multiple of it."
         )
+    _check_slices(config.model, tensor)
     data = world_size // tensor
     if training.parallelism == "ddp":
         return Layout(replicate=data, tensor=tensor)
@@ -59,3 +61,11 @@ def make_layout(config: Config, world_size: int) -> Layout:
             "make. Choose a divisor of it."
         )
     return Layout(replicate=data // shard, shard=shard, tensor=tensor)
+
+
+def _check_slices(model: ModelConfig, tensor: int) -> None:
+    for key, size in (("n_heads", model.n_heads), ("n_kv_heads", model.kv_heads), ("d_ff", model.feed_forward_dim)):
+        if size % tensor:
+            raise UserError(f"training.tensor_parallel={tensor} does not divide model.{key}={size}. Choose a divisor.")
+    if tensor > 1 and (model.dropout > 0 or model.value_embedding_layers):
+        raise UserError("training.tensor_parallel needs model.dropout=0 and model.value_embeddings=none.")

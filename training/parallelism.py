@@ -21,7 +21,12 @@ def deal(model: Transformer, layout: Layout, process: Process, precision: Precis
     if layout.shares_weights:
         from training.sharding import make_mesh, shard
 
-        shard(model, make_mesh(layout, process.device), precision)
+        mesh = make_mesh(layout, process.device)
+        if layout.tensor > 1:
+            from training.tensor_parallel import slice_matrices
+
+            slice_matrices(model, mesh)
+        shard(model, mesh, precision)
 
 
 def parallelise(model: Transformer, layout: Layout, compiling: bool) -> nn.Module:

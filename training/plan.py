@@ -63,8 +63,6 @@ def make_plan(config: Config, samples: int, world_size: int) -> Plan:
     training = config.training
     layout = make_layout(config, world_size)
     shares = layout.data_size
-    if layout.tensor > 1:
-        raise UserError("Sharded training takes training.tensor_parallel=1.")
     sizes = {"batch_size": training.batch_size, "batch_warmup.sequences": training.batch_warmup.sequences or shares}
     for key, size in sizes.items():
         if size % shares:

@@ -102,11 +102,14 @@ def load_state(
     return Progress(step=state["step"], **state["progress"])
 
 
-def run_name(config: Config) -> str:
-    """A name that no run in `training.runs_dir` bears yet: the one asked for, with a number where it is taken."""
+def run_name(config: Config, keep: bool = False) -> str:
+    """A name that no run in `training.runs_dir` bears yet: the one asked for, with a number where it is taken.
+
+    With `keep`, the one asked for even so.
+    """
     wanted = config.training.run_name or f"{config.model.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
     name, number = wanted, 1
-    while (Path(config.training.runs_dir) / name).exists():
+    while not keep and (Path(config.training.runs_dir) / name).exists():
         number += 1
         name = f"{wanted}-{number}"
     return name

@@ -67,6 +67,7 @@ def train(
     recipe: Config | None = None,
     page: Page | None = None,
     profile: bool = False,
+    keep_name: bool = False,
 ) -> TrainResult:
     """Train on `source` as `config.training` says, writing checkpoints and a record of the run.
 
@@ -74,6 +75,7 @@ def train(
     continue bit for bit. `finetuning` is what every checkpoint is to tell of the examples: their format above all.
     `recipe` is the configuration before single settings changed it, for the record; `page` draws the run's page now
     and then; `profile` watches a few steps and writes to `profile/` in the run's folder.
+    With `keep_name`, a run of the same name that came to no checkpoint is this one, and is begun again.
     Every process calls `evaluate` at the same steps, the main one alone `sampler`; neither disturbs the run.
     Raises `UserError` where configuration, data and checkpoint do not go together, where no gradient is finite any
     more, and where the last checkpoint cannot be written.
@@ -115,7 +117,7 @@ def train(
             progress = load_state(state, resume, model, optimizers, precision, guard)
             fix_threads(state.get("threads"))
 
-        name = state["run_name"] if state else run_name(config)
+        name = state["run_name"] if state else run_name(config, keep=keep_name)
         run_dir = Path(training.runs_dir) / name
         loss = state.get("validation_loss")
         if progress.step >= plan.steps:
@@ -144,7 +146,7 @@ def train(
             requests=requests,
             guard=guard,
             evaluate=evaluate,
-            sampler=sampler,
+            sampler=sampler if plan.layout.tensor == 1 else None,
             tokenizer_fingerprint=tokenizer_fingerprint,
             finetuning=finetuning,
             validation_loss=loss,

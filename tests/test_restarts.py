@@ -1,0 +1,94 @@
+"""Runs that lose a process or a machine, and go on by themselves: two launchers on loopback, and `kill -9`."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.small_runs import SMALL, command, curve, finish, start, wait_for, write_corpus
+from tests.test_distributed import TWO
+
+SETTINGS = [
+    *SMALL,
+    "training.optimizer=adamw",
+    "training.schedule.name=constant",
+    "training.max_steps=150",
+    "training.checkpoint_interval=20",
+    "training.eval_interval=1000",
+    "training.log_interval=10",
+    "training.keep_best=false",
+]
+
+
+class TestNames:
+    def test_resume_auto_needs_the_name_of_the_run(self, tmp_path: Path) -> None:
+        done = command(tmp_path, "train", "--resume", "auto", *SMALL, status=1)
+        assert done.stderr == "error: --resume auto goes on with the run of one name: set training.run_name=NAME.\n"
+
+    def test_restarts_go_on_with_the_runs_own_checkpoint_alone(self, tmp_path: Path) -> None:
+        given = [*TWO, "--max-restarts", "1", *SMALL]
+        done = command(tmp_path, "distributed_train", *given, "--resume", "latest", status=1)
+        assert "not from --resume latest" in done.stderr
+        meeting = ["--nodes", "2", "--rendezvous", "localhost:29400"]
+        done = command(tmp_path, "distributed_train", *given, *meeting, status=1)
+        assert "on several machines needs a name that all of them know: training.run_name=NAME" in done.stderr
+
+
+@pytest.mark.slow
+class TestLosses:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        """A corpus, and an undisturbed run of one process, `calm`."""
+        write_corpus(tmp_path)
+        command(tmp_path, "train", *SETTINGS, "training.run_name=calm", "training.checkpoint_dir=calm")
+        return tmp_path
+
+    def test_a_killed_process_and_then_a_killed_machine_are_made_good(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        meeting = ["--nodes", "2", "--rendezvous", f"127.0.0.1:{port}"]
+        own = ["training.run_name=hit", "training.checkpoint_dir=hit", "--max-restarts", "3"]
+        launch = ["--gpus", "1", "--device", "cpu", *meeting, *own, *SETTINGS]
+        first = start(folder, "distributed_train", *launch, "--node-rank", "0")
+        wait_for(lambda: answers(port), first)  # the machine where all meet must live on
+        second = start(folder, "distributed_train", *launch, "--node-rank", "1")
+
+        wait_for(lambda: newest(folder / "hit") >= 20, first)
+        worker(second).kill()
+        wait_for(lambda: newest(folder / "hit") >= 60, first)
+        lost = worker(second)
+        second.kill()
+        lost.kill()
+        finish(second)
+        second = start(folder, "distributed_train", *launch, "--node-rank", "1")
+
+        done = [finish(process) for process in (first, second)]
+        assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
+        begun = [each["from_step"] for each in json.loads((folder / "runs/hit/environment.json").read_text())]
+        assert len(begun) == 3 and 20 <= begun[1] < 60 <= begun[2] < 150
+        rows, wanted = (curve(folder / "runs" / name) for name in ("hit", "calm"))
+        assert [row[0] for row in rows] == [row[0] for row in wanted]
+        assert [row[2] for row in rows] == pytest.approx([row[2] for row in wanted], rel=2e-3)
+
+
+def answers(port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def newest(directory: Path) -> int:
+    """The highest step with a checkpoint."""
+    return max((int(path.stem.split("_")[-1]) for path in directory.glob("model_step_*.pt")), default=0)
+
+
+def worker(launcher: subprocess.Popen[str]) -> psutil.Process:
+    """The process that trains for `launcher`."""
+    (found,) = (child for child in psutil.Process(launcher.pid).children() if "train.py" in " ".join(child.cmdline()))
+    return found
