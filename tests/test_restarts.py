@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.small_runs import SMALL, command, curve, finish, start, wait_for, write_corpus
+from tests.small_runs import ROOT, SMALL, command, curve, finish, start, wait_for, write_corpus
 from tests.test_distributed import TWO
 
 SETTINGS = [
@@ -37,6 +39,31 @@ class TestNames:
         meeting = ["--nodes", "2", "--rendezvous", "localhost:29400"]
         done = command(tmp_path, "distributed_train", *given, *meeting, status=1)
         assert "on several machines needs a name that all of them know: training.run_name=NAME" in done.stderr
+
+
+class TestSlurm:
+    def test_the_script_starts_the_run_and_goes_back_into_the_queue(self, tmp_path: Path) -> None:
+        """The script of docs/cluster.md under commands of Slurm that write down what they are asked."""
+        page = (ROOT / "docs/cluster.md").read_text().split("## Training on Slurm")[1]
+        (script,) = re.findall(r"```sh\n(.*?)```", page.split("\n## ")[0], re.DOTALL)
+        (tmp_path / ".venv/bin").mkdir(parents=True)
+        (tmp_path / ".venv/bin/activate").touch()
+        (tmp_path / "train.sbatch").write_text(script)
+        asked = tmp_path / "asked"
+        for name, does in (("srun", "exit 143"), ("scontrol", "if [ $1 = show ]; then echo one; echo two; fi")):
+            (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {asked}\n{does}\n')
+            (tmp_path / name).chmod(0o755)
+        slurm = {"SLURM_JOB_NODELIST": "one,two", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
+        environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        subprocess.run(["bash", "train.sbatch"], cwd=tmp_path, env=environment, check=True)
+
+        listed, started, requeued = asked.read_text().splitlines()
+        assert (listed, requeued) == ("scontrol show hostnames one,two", "scontrol requeue 7")
+        words = started.split()[started.split().index("python") + 1 :]
+        assert words[1:5] == ["--gpus", "8", "--nodes", "2"] and "one:29400" in words
+        (tmp_path / "config").symlink_to(ROOT / "config")
+        printed = command(tmp_path, "distributed_train", *words[1:], "--print-config").stdout
+        assert "run_name: modern-1b" in printed and "parallelism: hsdp" in printed
 
 
 @pytest.mark.slow
