@@ -38,7 +38,7 @@ class Staging:
             with tempfile.TemporaryFile() as file:
                 self.descriptor = os.dup(file.fileno())
         self._memory: mmap.mmap | None = None
-        self._address = 0
+        self._address, self._locked = 0, False
 
     def reserve(self, nbytes: int) -> None:
         """Have at least `nbytes`, with every page in place: finding them while training waits would take far longer
@@ -50,7 +50,8 @@ class Staging:
         self._memory = mmap.mmap(self.descriptor, nbytes)
         self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
         ctypes.memset(self._address, 0, nbytes)
-        if torch.cuda.is_available():
+        self._locked = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+        if self._locked:
             torch.cuda.cudart().cudaHostRegister(self._address, nbytes, 0)  # type: ignore[no-untyped-call]
 
     def lay_out(self, state: dict[str, Any]) -> list[Part]:
@@ -61,7 +62,7 @@ class Staging:
         self.reserve(max(staged_bytes(state), mmap.PAGESIZE))
         copies = _Copies(self._memory)
         staged = copies.of(state)
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
         layout = _Layout(self._address, copies.used)
         write_state(staged, layout)
@@ -73,9 +74,9 @@ class Staging:
         os.close(self.descriptor)
 
     def _release(self) -> None:
-        if self._memory is not None and torch.cuda.is_available():
+        if self._locked:
             torch.cuda.cudart().cudaHostUnregister(self._address)  # type: ignore[no-untyped-call]
-        self._memory = None
+        self._memory, self._locked = None, False
 
 
 def staged_bytes(state: Any) -> int:
