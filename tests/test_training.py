@@ -481,7 +481,7 @@ class TestConsole:
             "12.3k",
             "1.0M",
             "4.1M",
-            "6.5G",
+            "6.5B",
         ]
         assert [duration(x) for x in (7, 750, 11045, 356400)] == ["0:07", "12:30", "3:04:05", "4d 03:00"]
 
@@ -541,7 +541,7 @@ class TestCommand:
         run_dir = next((folder / "runs").iterdir())
         last = done.stdout.splitlines()[-1]
         assert last == (
-            f"Wrote checkpoints/model_step_8.pt and {run_dir.relative_to(folder)}/ (metrics.jsonl, curves.png). "
+            f"Wrote checkpoints/model_step_8.pt and {run_dir.relative_to(folder)}/ (report.html, metrics.jsonl). "
             "Next: python scripts/eval.py"
         )
         assert "step 8/8" in done.stderr and "sample: The " in done.stderr
