@@ -144,28 +144,28 @@ class TestSharded:
         run_processes(tmp_path, processes, MASKED_RUN, *own, *settings)
         assert_same_run(tmp_path, "one", "many")
 
-    def test_checkpoints_go_from_many_to_one_and_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A folder is taken wherever a file is, and the other way round; the curve stays that of one device."""
+    def test_one_run_on_one_two_four_and_one_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Files and folders alike are taken by any number of processes; the curve stays that of one device."""
         monkeypatch.chdir(tmp_path)
-        write_corpus(tmp_path, ends=[30, 500, 507, 1400, 4000])
-        sharded = [*TWO, "training.parallelism=fsdp", "training.micro_batch_size=2"]
+        write_corpus(tmp_path)
         settings = [*SETTINGS, "training.schedule.name=constant", "training.run_name=run"]
-        settings += ["model.value_embeddings=all", "model.residual_scaling=true", "model.window=9"]
-        settings += ["training.documents=masked", "data.loader.packing=best_fit", "training.z_loss=0.01"]
-        command(tmp_path, "train", *settings, "training.max_steps=9", "training.checkpoint_dir=whole")
+        command(tmp_path, "train", *settings, "training.max_steps=12", "training.checkpoint_dir=whole")
         Path("runs/run").rename("runs/whole")
-        parts = ["training.checkpoint_dir=run", "training.max_steps=3", "training.sample_interval=3"]
-        command(tmp_path, "distributed_train", *sharded, *settings, *parts)
-        assert [path.name for path in Path("run").iterdir() if "model" in path.name] == ["model_step_3"]
+        command(tmp_path, "train", *settings, "training.max_steps=3", "training.checkpoint_dir=run")
+
+        two = [*TWO, "training.parallelism=fsdp", "training.micro_batch_size=2", "training.sample_interval=3"]
+        command(tmp_path, "distributed_train", *two, "--resume", "run", "training.max_steps=6")
         (sample,) = Path("runs/run/samples.jsonl").read_text().splitlines()
         assert len(json.loads(sample)["text"]) > 10
-
-        shown = command(tmp_path, "eval", "--checkpoint", "run/model_step_3", "--json").stdout
+        shown = command(tmp_path, "eval", "--checkpoint", "run/model_step_6", "--json").stdout
         assert json.loads(shown)["loss"] < math.log(256)
-        command(tmp_path, "train", "--resume", "run/model_step_3", "training.max_steps=6")
-        assert Path("run/model_step_6.pt").is_file()
-        command(tmp_path, "distributed_train", *sharded, "--resume", "run", "training.max_steps=9")
-        assert latest_checkpoint(Path("run")).is_dir()
+
+        four = ["--gpus", "4", "--device", "cpu", "training.parallelism=hsdp", "training.shard_group=2"]
+        four += ["training.micro_batch_size=1", "training.sample_interval=0"]
+        command(tmp_path, "distributed_train", *four, "--resume", "run", "training.max_steps=9")
+        assert latest_checkpoint(Path("run")) == Path("run/model_step_9") and Path("run/model_step_9").is_dir()
+        command(tmp_path, "train", "--resume", "run/model_step_9", "training.max_steps=12")
+        assert Path("run/model_step_12.pt").is_file()
         assert_same_run(tmp_path, "whole", "run")
 
 

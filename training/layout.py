@@ -49,6 +49,8 @@ def make_layout(config: Config, world_size: int) -> Layout:
             "Start a multiple of it."
         )
     _check_slices(config.model, tensor)
+    if tensor > 1 and training.fp8:
+        raise UserError("training.tensor_parallel takes training.fp8=false.")
     data = world_size // tensor
     if training.parallelism == "ddp":
         return Layout(replicate=data, tensor=tensor)

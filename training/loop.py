@@ -45,7 +45,7 @@ from training.record import Record
 from training.schedules import piece_length, rate_factor
 from training.setup import Progress
 from training.sharded_saving import write_parts
-from training.shares import gradient_norm, take_gradients
+from training.shares import agree_on_overflow, gradient_norm, take_gradients
 from training.signals import SAVE, STOP, Requests
 from training.spikes import PlacesOf, SpikeGuard
 from training.tracking import SKIPPED
@@ -178,6 +178,8 @@ class Loop:
         take_gradients(self.optimizers.shares)
         for part in self.optimizers.parts.values():
             self.precision.scaler.unscale_(part)
+            if self.plan.layout.shares_weights:
+                agree_on_overflow(self.precision.scaler, part)
         parameters = self.optimizers.parameters
         norm = gradient_norm(self.optimizers.shares)
         if self.config.training.gradient_clip > 0:

@@ -26,7 +26,8 @@ def write_parts(state: dict[str, Any], config: Config, process: Process) -> tupl
     if process.is_main:
         try:
             with disk_errors(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                for leftover in folder.parent.glob(".model_step_*.parts"):
+                    shutil.rmtree(leftover, ignore_errors=True)
                 folder.mkdir(parents=True)
         except UserError as raised:
             error = raised
@@ -35,5 +36,10 @@ def write_parts(state: dict[str, Any], config: Config, process: Process) -> tupl
         raise error or UserError(
             f"Not every machine sees {folder.parent}/. A sharded run needs training.checkpoint_dir on a shared disk."
         )
-    checksums = write_tensors(tensors, folder)
+    try:
+        checksums = write_tensors(tensors, folder)
+    except UserError:
+        if process.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return {**plain, PARTS: checksums}, folder

@@ -89,6 +89,13 @@ def gradient_norm(shares: Iterable[Share]) -> Tensor:
     return total.sqrt()
 
 
+def agree_on_overflow(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """Let what one process has found in its parts of the gradients count for all, so that all keep the same scale."""
+    if scaler.is_enabled():
+        for found in scaler._found_inf_per_device(optimizer).values():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+
+
 def _copies(whole: Any) -> int:
     """How many processes of the run hold the same elements of the `DTensor` `whole`."""
     cuts = [
