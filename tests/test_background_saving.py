@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Timer
+from threading import Event, Timer
 from typing import Any
 
 import psutil
@@ -23,6 +23,7 @@ from model.checkpoint_folder import latest_checkpoint, list_checkpoints
 from tests.small_runs import ROOT, RandomSamples, differing, read_checkpoint, small_config, train_here
 from training import checkpointing
 from training.checkpointing import Checkpoints
+from training.staging import Staging
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +96,7 @@ def test_what_changes_after_the_step_does_not_reach_the_file(checkpoints: Checkp
     checkpoints.tend(lambda: first)
     writer().suspend()
     checkpoints.save(first, final=False)
+    checkpoints.settle()
     for weight in first["model"].values():
         weight.zero_()
     writer().resume()
@@ -111,6 +113,7 @@ def test_a_save_waits_until_the_memory_is_free_again(
     Timer(0.3, writer().resume).start()
     changing = state(2)
     checkpoints.save(changing, final=False)
+    checkpoints.settle()
     changing["model"]["embedding"].zero_()
     checkpoints.save(state(3), final=True)
     assert written(1) and written(2) and written(3)
@@ -229,3 +232,36 @@ def test_killed_at_random_moments_the_last_checkpoint_is_whole_and_the_run_goes_
     part, whole = (read_checkpoint(folder / way / name) for way in ("part", "whole"))
     for key in ("model", "optimizer", "rng", "cursor"):
         assert not differing(part[key], whole[key]), f"seed {seed}"
+
+
+def test_the_copy_is_made_beside_the_step_and_awaited_by_its_update(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes the time is not waited for in `save`, but in `settle`."""
+    going_on, lay_out = Event(), Staging.lay_out
+
+    def slow(*arguments: Any) -> Any:
+        assert going_on.wait(60)
+        return lay_out(*arguments)
+
+    monkeypatch.setattr(Staging, "lay_out", slow)
+    checkpoints.save(state(1), final=False)
+    checkpoints.tend(lambda: state(2))
+    Timer(0.3, going_on.set).start()
+    assert not going_on.is_set()
+    checkpoints.settle()
+    assert going_on.is_set()
+    checkpoints.close()
+    assert written(1)
+
+
+def test_a_copy_that_fails_is_raised_where_it_is_awaited(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise MemoryError("no room for the copy")
+
+    monkeypatch.setattr(Staging, "lay_out", failing)
+    checkpoints.save(state(1), final=False)
+    with pytest.raises(MemoryError, match="no room"):
+        checkpoints.settle()

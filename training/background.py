@@ -1,4 +1,8 @@
-"""Checkpoints written by a process of their own, which is replaced where it dies."""
+"""Checkpoints written by a process of their own, which is replaced where it dies.
+
+The copy that it writes from is made by a thread while the next step runs forward and backward, which read the weights
+but change nothing; only the update of that step has to wait for the end of the copy.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,7 +20,7 @@ from threading import Thread
 from typing import Any
 
 from model.checkpoint_folder import Keep
-from training.staging import Staging, staged_bytes
+from training.staging import Staging, staged_bytes, stream_after_the_step
 from training.writer import Job
 
 ROOT = Path(__file__).parents[1]
@@ -36,11 +41,13 @@ class BackgroundWriter:
         self._job: Job | None = None
         self._attempts = 0
         self._preparation: Thread | None = None
+        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-copy")
+        self._copying: Future[Job] | None = None
 
     @property
     def busy(self) -> bool:
         """Whether a checkpoint has been handed over of which `result` has not told yet."""
-        return self._job is not None
+        return self._job is not None or self._copying is not None
 
     def prepare(self, state: dict[str, Any]) -> None:
         """Make ready for a state as large as this one, so that the first `submit` takes no longer than later ones."""
@@ -50,18 +57,33 @@ class BackgroundWriter:
         self._preparation.start()
 
     def submit(self, path: Path, state: dict[str, Any], keep: Keep) -> None:
-        """Copy `state`, and have it written to `path`. Not while `busy`: the writer still reads the last copy."""
+        """Begin to copy `state`, whose tensors may not change before `settle`, and have it written to `path`.
+
+        Not while `busy`: the writer still reads the last copy.
+        """
         assert not self.busy, "the last checkpoint is still being written"
         self._finish_preparation()
-        self._job = Job(path, self._staging.lay_out(state), keep)
-        self._attempts = 0
-        self._hand_over()
+        if self._process is None:
+            self._start()
+        stream = stream_after_the_step()
+        self._copying = self._copier.submit(lambda: Job(path, self._staging.lay_out(state, stream), keep))
+
+    def settle(self) -> None:
+        """Wait until the tensors of the last `submit` may change."""
+        if self._copying is not None:
+            copying, self._copying = self._copying, None
+            self._job = copying.result()
+            self._attempts = 0
+            self._hand_over()
 
     def result(self, wait: bool) -> tuple[Path, str | None] | None:
         """The path that was written and what went wrong, if anything; None where it is not done and `wait` is false.
 
         A writer that has died is replaced, and its work handed over again.
         """
+        if self._copying is not None and not (wait or self._copying.done()):
+            return None
+        self.settle()
         assert self._job is not None and self._connection is not None
         path = self._job.path
         while True:
@@ -81,6 +103,7 @@ class BackgroundWriter:
 
     def close(self) -> None:
         """Let the writer finish and end, and give the memory back."""
+        self._copier.shutdown()
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:

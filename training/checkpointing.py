@@ -119,6 +119,11 @@ class Checkpoints:
             self._background.submit(path, state, keep)
             self._best_then, self._submitted = best, time.monotonic()
 
+    def settle(self) -> None:
+        """To be called before the weights change: waits until the last state that was saved need not stay as it is."""
+        if self._background is not None:
+            self._background.settle()
+
     def close(self) -> None:
         """Wait for what is being written, and let the folder go."""
         with self._resources:

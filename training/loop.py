@@ -167,6 +167,8 @@ class Loop:
 
         norm = self._clip()
         skip = self.guard.judge(norm, step, samples)
+        if self.record is not None:
+            self.record.settle()
         self.optimizers.step(skip)
         if self.precision.scaler.is_enabled():
             self.precision.scaler.update()

@@ -43,6 +43,10 @@ class Record:
         """To be called after every step, with a function that makes the state of a checkpoint."""
         self.checkpoints.tend(lambda: self._complete(state()))
 
+    def settle(self) -> None:
+        """To be called before the weights change."""
+        self.checkpoints.settle()
+
     @property
     def seconds_to_save(self) -> float:
         """About what the next checkpoint takes until it is on the disk."""
