@@ -22,6 +22,7 @@ from model.archive import is_intact
 from model.checkpoint_folder import latest_checkpoint, list_checkpoints
 from tests.small_runs import ROOT, RandomSamples, differing, read_checkpoint, small_config, train_here
 from training import checkpointing
+from training.background import PROGRAM
 from training.checkpointing import Checkpoints
 from training.staging import Staging
 
@@ -55,7 +56,7 @@ def state(step: int) -> dict[str, Any]:
 
 def writer() -> psutil.Process:
     """The process that writes."""
-    (found,) = psutil.Process().children()
+    (found,) = (child for child in psutil.Process().children() if PROGRAM in child.cmdline())
     return found
 
 

@@ -182,10 +182,10 @@ class TestSameBytes:
     def test_finished_tasks_are_not_done_again(self, copy: Path) -> None:
         partial = copy / "corpus/.tokens.partial"
         assert kill_when(copy, 10)
-        done = {path: path.stat().st_mtime_ns for path in partial.glob("*/clean/*.arrow")}
+        done = {path: path.stat().st_mtime_ns for path in partial.glob("*/runs/*.arrow")}
         assert len(done) == 8
         assert kill_when(copy, 12)
-        assert {path: path.stat().st_mtime_ns for path in partial.glob("*/clean/*.arrow")} == done
+        assert {path: path.stat().st_mtime_ns for path in partial.glob("*/runs/*.arrow")} == done
 
     @pytest.mark.slow
     def test_work_for_other_settings_is_thrown_away(self, finished: Path, copy: Path) -> None:
@@ -484,4 +484,4 @@ def test_the_code_in_the_documentation_runs(finished: Path, monkeypatch: pytest.
     manifest = load_tokens_manifest(Path("corpus/tokens"))
     assert len(names["ends"]) == manifest.documents("train")
     assert names["second_document"][-1] == manifest.end_of_text_id
-    assert names["inputs"].shape == (32, 256) and names["loader"].cursor == 32
+    assert names["batch"].inputs.shape == (32, 256) and names["loader"].cursor == 32
