@@ -54,9 +54,14 @@ def state(step: int) -> dict[str, Any]:
     return {"model": weights, "optimizer": optimizer, "config": {}, "step": step, "validation_loss": None}
 
 
+def writers() -> list[psutil.Process]:
+    """The processes that write, among all that tests in this one have started."""
+    return [child for child in psutil.Process().children() if PROGRAM in child.cmdline()]
+
+
 def writer() -> psutil.Process:
     """The process that writes."""
-    (found,) = (child for child in psutil.Process().children() if PROGRAM in child.cmdline())
+    (found,) = writers()
     return found
 
 
@@ -131,7 +136,7 @@ def test_a_writer_that_dies_is_replaced_and_its_work_done(checkpoints: Checkpoin
     assert said == ["warning: the process that writes checkpoints ended with SIGKILL; another one takes over."]
     assert writer().pid != first.pid
     checkpoints.close()
-    assert written(2) and not psutil.Process().children()
+    assert written(2) and not writers()
 
 
 def test_signals_to_the_whole_group_are_not_for_the_writer(checkpoints: Checkpoints) -> None:
