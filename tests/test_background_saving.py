@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Timer
 from typing import Any
@@ -56,7 +57,11 @@ def state(step: int) -> dict[str, Any]:
 
 def writers() -> list[psutil.Process]:
     """The processes that write, among all that tests in this one have started."""
-    return [child for child in psutil.Process().children() if PROGRAM in child.cmdline()]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # one of another test that has just ended
+            found += [child] if PROGRAM in child.cmdline() else []
+    return found
 
 
 def writer() -> psutil.Process:
