@@ -20,7 +20,6 @@ and `--peer litgpt` need no checkout; `--python` is an interpreter that has what
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -35,18 +34,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.training_peers import PEERS, Result, Task
+from benchmarks.training_peers import PEERS, Result, Task, score_model
 from config.command import Overrides, Recipe, run
 from config.errors import UserError
 from config.load import load_config
 from config.schema import Config
-from data.tokenization import load_tokenizer
-from data.tokens import TokenFiles, load_tokens_manifest
-from evaluation.perplexity import default_batch_size, evaluate_tokens
+from data.tokens import load_tokens_manifest
 from model.checkpoint import load_model
 from model.checkpoint_folder import latest_checkpoint
-from model.transformer import Transformer
 from training.distributed import choose_device
+from training.plan import sequence_length
 from training.throughput import measure_peak_flops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +58,13 @@ README: dict[str, Any] = {
     "steps": 2000,
 }
 OURS = "Quern"
+# A process starts with the peak of the one that started it: a small one in between keeps ours out.
+WATCH = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[2:])
+open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(status)
+"""
 WARM_UP = 3  # updates, which compile and fill caches
 GPT2 = [
     "model.position=learned",
@@ -197,7 +201,7 @@ def _task(settings: Config, peer: str, checkout: str) -> Task:
         n_heads=settings.model.n_heads,
         d_model=settings.model.d_model,
         rows=settings.training.batch_size,
-        length=settings.training.sequence_length or settings.model.context_length,
+        length=sequence_length(settings.model, settings.training),
         steps=settings.training.max_steps or 0,
         learning_rate=1e-3,
         seed=0,
@@ -226,7 +230,7 @@ def _peer(name: str, task: Task, python: str) -> Contender:
 
 def _ours(name: str, settings: Config, recipe: Path | None, overrides: list[str], score: bool) -> Contender:
     """A run of `scripts/train.py`; the updates that it logs together count as equally long."""
-    length = settings.training.sequence_length or settings.model.context_length
+    length = sequence_length(settings.model, settings.training)
 
     def run_once(seed: int) -> Result:
         with tempfile.TemporaryDirectory() as folder:
@@ -234,38 +238,22 @@ def _ours(name: str, settings: Config, recipe: Path | None, overrides: list[str]
             words += [*overrides, f"training.seed={seed}", "training.run_name=ours", "training.wandb.mode=off"]
             words += [f"training.checkpoint_dir={folder}/checkpoints", f"training.runs_dir={folder}/runs"]
             words += ["training.log_interval=1", "training.sample_interval=0"]
-            process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            assert process.stderr is not None
-            printed = process.stderr.read().decode()
-            _, status, usage = os.wait4(process.pid, 0)
-            if status:
-                raise UserError(f"{name} failed:\n{printed[-3000:]}")
+            peak = Path(folder) / "peak"
+            words = [sys.executable, "-c", WATCH, str(peak), *words]
+            done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise UserError(f"{name} failed:\n{done.stderr[-3000:]}")
             log = (Path(folder) / "runs/ours/metrics.jsonl").read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) for line in log]
             per_update = rows[0]["tokens"]
             seconds = [per_update / row["tokens_per_second"] for row in rows]
             model, _ = load_model(latest_checkpoint(Path(folder) / "checkpoints"))
             flops = model.flops_per_token(length)
-            loss, bits = _score(model, length, settings) if score else (None, None)
-            return Result(seconds, flops, usage.ru_maxrss * 1024, loss, bits)
+            loss, bits = score_model(model, replace(_task(settings, "", ""), device="cpu")) if score else (None, None)
+            return Result(seconds, flops, 1024 * int(peak.read_text()), loss, bits)
 
     final = load_config([recipe] if recipe else [], overrides).training
     return Contender(name, run_once, final.batch_size * length, final.max_steps or 0)
-
-
-def _score(model: Transformer, length: int, settings: Config) -> tuple[float, float | None]:
-    """Loss and bits per byte over every token of `val.bin`."""
-    tokenizer = load_tokenizer(Path(settings.data.tokenizer_dir))
-    found = evaluate_tokens(
-        model,
-        TokenFiles(Path(settings.data.tokens_dir), "val"),
-        context_length=length,
-        stride=length // 2,
-        batch_size=default_batch_size(length, tokenizer.vocab_size),
-        device="cpu",
-        token_bytes=tokenizer.token_bytes(),
-    )
-    return found.loss, found.bits_per_byte
 
 
 def _peak(settings: Config) -> float:

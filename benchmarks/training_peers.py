@@ -16,7 +16,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import runpy
 import sys
 import time
@@ -312,26 +311,36 @@ def _matrix_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in weights.values())
 
 
+def _peak_memory() -> int:
+    """Bytes, on Linux; unlike `ru_maxrss` not begun with the peak of the process that started this one."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
+    return 1024 * int(found[1]) if found else 0
+
+
+def score_model(model: nn.Module, task: Task) -> tuple[float, float | None]:
+    """Loss and bits per byte over every token of `val.bin`."""
+    tokenizer = load_tokenizer(Path(task.tokenizer_dir))
+    found = evaluate_tokens(
+        model,
+        TokenFiles(Path(task.tokens_dir), "val"),
+        context_length=task.length,
+        stride=task.length // 2,
+        batch_size=default_batch_size(task.length, task.vocab_size, task.device),
+        device=task.device,
+        token_bytes=tokenizer.token_bytes(),
+    )
+    return found.loss, found.bits_per_byte
+
+
 def main() -> None:
     """Run the task in the file that is the first argument; write the result to the second."""
     task = Task(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     target = Path(sys.argv[2]).resolve()
-    tokenizer, tokens = load_tokenizer(Path(task.tokenizer_dir)), TokenFiles(Path(task.tokens_dir), "val")
+    load_tokenizer(Path(task.tokenizer_dir))  # before a peer's modules can stand in the way of ours
     seconds, model = PEERS[task.peer](task)
     on_gpu = task.device == "cuda"
-    memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    loss = bits_per_byte = None
-    if task.score:
-        score = evaluate_tokens(
-            model,
-            tokens,
-            context_length=task.length,
-            stride=task.length // 2,
-            batch_size=default_batch_size(task.length, task.vocab_size, task.device),
-            device=task.device,
-            token_bytes=tokenizer.token_bytes(),
-        )
-        loss, bits_per_byte = score.loss, score.bits_per_byte
+    memory = torch.cuda.max_memory_allocated() if on_gpu else _peak_memory()
+    loss, bits_per_byte = score_model(model, task) if task.score else (None, None)
     flops = 6 * _matrix_parameters(model) + 12 * task.n_layers * task.d_model * task.length
     result = Result(seconds, flops, memory, loss, bits_per_byte)
     target.write_text(json.dumps(asdict(result)), encoding="utf-8")

@@ -18,6 +18,7 @@ import typer
 from config.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
     from config.schema import Config
@@ -131,6 +132,14 @@ def size_of(option: str, text: str) -> int:
     if size < 1:
         raise UserError(f"{option}: it must be more than 0.")
     return size
+
+
+def table_console(width: int = 120) -> Console:
+    """A console for tables on standard output: `width` columns wide where that is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
 
 
 def progress(in_bytes: bool = False, **options: Any) -> Progress:

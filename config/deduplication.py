@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from config.section import PositiveInt, Rate, Section
+from config.section import OffIsAWord, PositiveInt, Rate, Section
 
 
 class NearDeduplicationConfig(Section):
@@ -22,15 +22,9 @@ class NearDeduplicationConfig(Section):
 class LineDeduplicationConfig(Section):
     """Lines or paragraphs that stand in several places of the corpus (`data.deduplication.lines`)."""
 
-    unit: Literal["off", "lines", "paragraphs"]
+    unit: Annotated[Literal["off", "lines", "paragraphs"], OffIsAWord]
     min_characters: PositiveInt
     min_occurrences: Annotated[int, Field(ge=2)]
-
-    @field_validator("unit", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, unit: object) -> object:
-        """YAML reads a bare `off` as false."""
-        return "off" if unit is False else unit
 
 
 class EvaluationSetConfig(Section):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from config.deduplication import (
     DecontaminationConfig,
@@ -19,7 +19,7 @@ from config.deduplication import (
 )
 from config.model import ModelConfig
 from config.quality import LanguageConfig, QualityConfig
-from config.section import Fraction, PositiveInt, Rate, Section, divisors
+from config.section import Fraction, OffIsAWord, PositiveInt, Rate, Section, divisors
 from config.sources import PublishedSection, SourceConfig
 from config.training import TrainingConfig
 
@@ -41,17 +41,11 @@ class CleanConfig(Section):
     unicode_nfc: bool
     control_characters: bool
     ftfy: bool
-    html: Literal["off", "pages", "all"]
+    html: Annotated[Literal["off", "pages", "all"], OffIsAWord]
     whitespace: bool
     mask_emails: bool
     mask_ips: bool
     keep_code: bool
-
-    @field_validator("html", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, html: object) -> object:
-        """YAML reads a bare `off` as false."""
-        return "off" if html is False else html
 
 
 class FilterConfig(Section):

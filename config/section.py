@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -16,6 +16,8 @@ class Section(BaseModel):
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0)]
+OffIsAWord = BeforeValidator(lambda value: "off" if value is False else value)
+"""For choices of which one is `off`, which YAML reads as false."""
 
 
 def divisors(number: int) -> list[int]:

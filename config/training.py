@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from config.section import Fraction, PositiveInt, Rate, Section, divisors
+from config.section import Fraction, OffIsAWord, PositiveInt, Rate, Section, divisors
 
 
 class AdamWConfig(Section):
@@ -59,14 +59,8 @@ class BatchWarmupConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases."""
 
-    mode: Literal["auto", "online", "offline", "off"]
+    mode: Annotated[Literal["auto", "online", "offline", "off"], OffIsAWord]
     project: str
-
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, mode: object) -> object:
-        """YAML reads a bare `off` as false."""
-        return "off" if mode is False else mode
 
 
 class TrainingConfig(Section):

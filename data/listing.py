@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from config.command import table_console
 from config.errors import UserError
 from config.sources import HubSourceConfig
 from data.manifest import QUARANTINE
 from data.quarantine import describe
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from config.schema import DataConfig
     from data.download import Downloaded
     from data.manifest import RawManifest
@@ -77,7 +76,7 @@ def print_sources(data: DataConfig) -> None:
         documents = "not counted" if manifest.documents is None else f"{manifest.documents:,}"
         size = format_bytes(manifest.bytes) + (" streamed" if manifest.streamed else "")
         table.add_row(name, documents, size, date, manifest.licence, path)
-    _print(table)
+    table_console(200).print(table)
 
 
 def print_available(data: DataConfig) -> None:
@@ -93,18 +92,9 @@ def print_available(data: DataConfig) -> None:
         if home is None and isinstance(source, HubSourceConfig):
             home = f"https://huggingface.co/datasets/{source.repository}"
         table.add_row(name, source.kind, about.size or "", about.licence or "", home or "")
-    _print(table)
+    table_console(200).print(table)
     print("Sizes are those of the files to fetch, about; sets grow. Fetch one by its name, a part with --max-bytes:")
     print("python data/download_datasets.py NAME --max-bytes 1GB")
-
-
-def _print(table: Table) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(table)
 
 
 def format_bytes(count: int) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from config.command import Overrides, PrintConfig, Recipe, command_line, resolve, run, size_of
+from config.command import Overrides, PrintConfig, Recipe, command_line, resolve, run, size_of, table_console
 
 if TYPE_CHECKING:
     from config.schema import DataConfig, PreprocessConfig
@@ -113,7 +113,6 @@ def rows(measured: Measured, size: int, cores: int, settings: PreprocessConfig) 
 
 
 def _print(measured: Measured, sizes: list[int], cores: int, settings: PreprocessConfig, given: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from data.listing import format_bytes
@@ -131,10 +130,7 @@ def _print(measured: Measured, sizes: list[int], cores: int, settings: Preproces
         table.add_column(format_bytes(size), justify="right")
     for lines in zip(*columns):
         table.add_row(lines[0][0], *[value for _, value in lines])
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    console.print(table)
+    table_console().print(table)
     print("Raw data is counted as Parquet. Hours assume that all cores are as fast as this one, and disks keep up.")
     for size in sizes:
         part = sensible_size(measured, size, cores, settings)

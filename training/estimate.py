@@ -28,6 +28,7 @@ from config.training import TrainingConfig
 from model.loss import CHUNK
 from model.transformer import DEAR, GradientCheckpointing, Transformer
 from training.optimizers import sort_parameters
+from training.plan import sequence_length
 
 GIB = 2**30
 CHINCHILLA_RATIO = 20  # tokens per parameter at the least loss for the compute; Hoffmann et al., 2022, table 3
@@ -97,7 +98,7 @@ class Sizes:
         training, vocab_size = config.training, config.model.vocab_size or config.data.tokenizer.vocab_size
         model = config.model.model_copy(update={"vocab_size": vocab_size})
         self.model, self.training = model, training
-        self.length = training.sequence_length or model.context_length
+        self.length = sequence_length(model, training)
         with torch.device("meta"):
             made = Transformer(model)
         self._kept_by_precision: dict[bool, Kept] = {}

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from config.command import table_console
 from config.errors import UserError
 from config.load import CONFIG_DIR, load_config
 from config.schema import Config
 from training.console import count, duration
-from training.estimate import GPUS, MACHINE, USABLE, Gpu, Sizes
+from training.estimate import GIB, GPUS, MACHINE, USABLE, Gpu, Sizes
 from training.plan import make_plan
 
-GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 WORDS = ("model", "gpus", "gpu", "tokens", "mfu")
 
@@ -132,13 +132,10 @@ def memory_rows(question: Question, sizes: Sizes) -> list[tuple[str, ...]]:
 
 def print_forecast(question: Question) -> None:
     """Print both tables."""
-    from rich.console import Console
     from rich.table import Table
 
     sizes = Sizes(question.config)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = table_console()
     model, training = question.config.model, question.config.training
     table = Table("run", "")
     table.columns[1].justify = "right"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from config.command import table_console
 from data.funnel import Funnel, total
 from data.tokens import Split, TokensManifest
 
@@ -90,12 +91,9 @@ def _tables(manifest: TokensManifest, *before: Rows) -> list[Rows]:
 
 def print_tables(manifest: TokensManifest) -> None:
     """Print the funnel of the corpus and the splits."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = table_console()
     whole = total(manifest.funnel.values())
     for headings, rows in _tables(manifest, (FUNNEL_HEADINGS, [*funnel_rows(whole)])):
         table = Table(headings[0])
