@@ -103,6 +103,7 @@ def evaluate_tokens(
     device: torch.device | str,
     token_bytes: np.ndarray | None = None,
     block_ends: np.ndarray | None = None,
+    document_ends: np.ndarray | None = None,
     max_tokens: int | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -114,8 +115,10 @@ def evaluate_tokens(
 
     `model(inputs)` maps `(batch, time)` int64 to logits `(batch, time, vocab)`; it is evaluated without dropout and
     left in the mode it was in. `token_bytes` is `(vocab,)`, the UTF-8 bytes each token stands for. `block_ends` holds
-    the ascending end offsets of the blocks (documents); without it a block is `context_length` targets. `autocast` is
-    the dtype of the matrix products. `advance` is told the number of targets after every batch.
+    the ascending end offsets of the blocks (documents); without it a block is `context_length` targets. With
+    `document_ends`, likewise, no token sees one of another document, as in training with masked documents: the model
+    is then called as `model(inputs, documents=...)`. `autocast` is the dtype of the matrix products. `advance` is told
+    the number of targets after every batch.
 
     With `world_size` above 1 the process `rank` takes the windows `rank`, `rank + world_size` and so on; `all_reduce`
     adds its sums to those of the others, in place, and every process gets the figures of the whole.
@@ -140,13 +143,13 @@ def evaluate_tokens(
     was_training = model.training
     model.eval()
     try:
-        for inputs, wanted, block in _batches(
-            reader, block_ends, _windows(targets, context_length, stride, rank, world_size), context_length, batch_size
-        ):
+        windows = _windows(targets, context_length, stride, rank, world_size)
+        for last, inputs, wanted, block in _batches(reader, block_ends, windows, context_length, batch_size):
             scored_now = int((wanted != IGNORED).sum())
             inputs, wanted, block = (part.to(device, non_blocking=True) for part in (inputs, wanted, block))
+            masking = {} if document_ends is None else {"documents": _documents(document_ends, last, inputs)}
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                logits = model(inputs)[:, -wanted.shape[1] :]
+                logits = model(inputs, **masking)[:, -wanted.shape[1] :]
             flat, scored = wanted.flatten(), wanted.flatten() != IGNORED
             losses = nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), flat, ignore_index=IGNORED, reduction="none"
@@ -203,8 +206,9 @@ def _windows(targets: int, context_length: int, stride: int, rank: int, world_si
 
 def _batches(
     reader: TokenReader, block_ends: np.ndarray, windows: np.ndarray, context_length: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Inputs `(batch, time)`, and of the last columns that any window scores: targets, and the block each lies in."""
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor, Tensor]]:
+    """The last target of every window, its inputs `(batch, time)`, and of the last columns that any window scores:
+    targets, and the block each lies in."""
     for begin in range(0, len(windows), batch_size):
         part = windows[begin : begin + batch_size]
         width = max(1, int(part[:, 1].max()))
@@ -215,7 +219,14 @@ def _batches(
         targets = np.where(unscored, IGNORED, rows[:, -width:])
         block = np.searchsorted(block_ends, positions, side="right")
         block[unscored] = 0
-        yield torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets), torch.from_numpy(block)
+        yield part[:, 0], torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets), torch.from_numpy(block)
+
+
+def _documents(ends: np.ndarray, last: np.ndarray, inputs: Tensor) -> Tensor:
+    """The number of the document that each of `inputs` `(batch, time)` belongs to, int32 like it on its device."""
+    positions = last[:, None] - np.arange(inputs.shape[1], 0, -1)
+    numbers = np.searchsorted(ends, positions.astype(ends.dtype), side="right")
+    return torch.from_numpy(numbers.astype(np.int32)).to(inputs.device, non_blocking=True)
 
 
 def _exp(value: float) -> float:

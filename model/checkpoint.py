@@ -57,6 +57,11 @@ class CheckpointInfo:
     validation_loss: float | None
     finetuning: dict[str, Any] | None
 
+    @property
+    def masked(self) -> bool:
+        """Whether no token saw one of another document when this was trained, so that none should in an evaluation."""
+        return bool(self.config.get("training", {}).get("documents") == "masked")
+
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state`, with "format" set, to `path`: a reader sees the old file or the new one, never a part.

@@ -70,7 +70,7 @@ def evaluate(
         tokenizer = matching_tokenizer(info.tokenizer_fingerprint, [Path(place) for place in places])
         stride = _stride(stride, model.config.context_length)
         precision = Precision(config.training.precision, process.device)
-        found = _evaluate(config, process, precision, model, tokenizer, text, stride, batch_size)
+        found = _evaluate(config, process, precision, model, info, tokenizer, text, stride, batch_size)
         if process.is_main:
             _report(found, config, model, info, text, stride, precision.name, as_json)
 
@@ -88,6 +88,7 @@ def _evaluate(
     process: Process,
     precision: Precision,
     model: Transformer,
+    info: CheckpointInfo,
     tokenizer: Tokenizer,
     text: Path | None,
     stride: int,
@@ -113,6 +114,7 @@ def _evaluate(
             device=process.device,
             token_bytes=tokenizer.token_bytes(),
             block_ends=files.document_ends if files is not None and len(files.document_ends) >= FEWEST_BLOCKS else None,
+            document_ends=files.document_ends if files is not None and info.masked else None,
             rank=process.rank,
             world_size=process.world_size,
             autocast=precision.dtype if precision.mixed else None,

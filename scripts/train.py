@@ -93,14 +93,17 @@ def _describe(job: Pretraining) -> None:
 
 
 def evaluator(job: Pretraining) -> Callable[[Transformer, int, int], Evaluation]:
-    """The loss on the first `training.eval_tokens` tokens of the validation split, the same ones every time."""
+    """The loss on the first `training.eval_tokens` tokens of the validation split, the same ones every time.
+
+    What the model sees of their documents is what it sees in training.
+    """
     from config.errors import UserError
     from config.files import local
     from data.tokens import TokenFiles
     from evaluation.perplexity import default_batch_size, evaluate_tokens
     from training.precision import Precision
 
-    config, length = job.config, job.source.context_length
+    config, length, masked = job.config, job.source.context_length, job.source.with_documents
     tokens = TokenFiles(local(config.data.tokens_dir, "data.tokens_dir"), "val")
     if len(tokens) < 2:
         raise UserError(
@@ -118,6 +121,7 @@ def evaluator(job: Pretraining) -> Callable[[Transformer, int, int], Evaluation]
             stride=length,
             batch_size=default_batch_size(length, model.config.padded_vocab_size, device),
             device=device,
+            document_ends=tokens.document_ends if masked else None,
             max_tokens=config.training.eval_tokens,
             rank=rank,
             world_size=world_size,

@@ -56,7 +56,7 @@ SMALL = [
 def write_corpus(folder: Path, repeat: int = 1, ends: Sequence[int] = ()) -> Tokenizer:
     """`corpus/tokenizer` and `corpus/tokens` in `folder`, of the source of a module of the standard library.
 
-    It is one document, or several where the index has `ends` besides the last.
+    It is one document, or several where the indices have `ends` besides the last.
     """
     tokenizer = small_tokenizer()
     tokenizer.save(folder / "corpus/tokenizer")
@@ -64,7 +64,7 @@ def write_corpus(folder: Path, repeat: int = 1, ends: Sequence[int] = ()) -> Tok
     ids = np.array([*tokenizer.encode(text), tokenizer.end_of_text_id] * repeat, dtype="<u2")
     tokens = folder / "corpus/tokens"
     tokens.mkdir(parents=True)
-    parts = (("train", ids, ends), ("val", ids[-4000:], ()))
+    parts = (("train", ids, ends), ("val", ids[-4000:], [end for end in ends if end < 4000]))
     splits = {name: [_write_split(tokens, name, part, [*cuts, len(part)])] for name, part, cuts in parts}
     manifest = {
         "fingerprint": hashlib.sha256(ids.tobytes()).hexdigest(),

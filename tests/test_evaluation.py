@@ -22,6 +22,7 @@ from config.load import load_config
 from data.tokens import TokenFiles
 from evaluation.bootstrap import ratio_interval
 from evaluation.perplexity import Evaluation, default_batch_size, evaluate_tokens
+from model.checkpoint import save_checkpoint
 from model.transformer import Transformer
 from scripts.eval import evaluate as eval_command
 from tests.workspace import Workspace, command, make_workspace, small_tokenizer
@@ -89,6 +90,26 @@ def test_loss_is_that_of_a_plain_loop() -> None:
     found = evaluate(TOKENS[:60])
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+
+
+def test_with_masked_documents_a_token_is_predicted_from_its_own_alone() -> None:
+    """But for the first of each, which is predicted from the end of the one before, as in training."""
+    ends = np.array([3, 4, 30, 60], dtype=np.uint64)
+    losses = []
+    with torch.no_grad():
+        for target in range(1, 60):
+            last = 16 if target <= 16 else 16 + -(-(target - 16) // 8) * 8
+            own = int(np.searchsorted(ends, np.uint64(target - 1), side="right"))
+            start = max(0, min(last, 59) - 16)
+            begin = max(start, int(ends[own - 1]) if own else 0)
+            # Positions count from the window's start, which is why the rest of it stands there, as another document.
+            window = torch.from_numpy(TOKENS[start:target].astype(np.int64))[None]
+            documents = (torch.arange(start, target) >= begin).int()[None]
+            log_probabilities = MODEL(window, documents=documents)[0, -1].log_softmax(-1)
+            losses.append(-float(log_probabilities[int(TOKENS[target])]))
+    found = evaluate(TOKENS[:60], document_ends=ends)
+    assert found.loss == pytest.approx(np.mean(losses), rel=1e-6)
+    assert abs(found.loss - evaluate(TOKENS[:60]).loss) > 1e-3
 
 
 def test_more_context_helps_a_model_that_can_use_it() -> None:
@@ -262,6 +283,21 @@ def test_the_command_evaluates_the_validation_tokens(workspace: Workspace) -> No
         assert figure in done.stdout
     last = done.stdout.splitlines()[-1]
     assert last.startswith("Written to runs/small-run/evaluation.json. Next: python scripts/generate.py --prompt ")
+
+
+def test_a_model_of_masked_documents_is_evaluated_as_it_was_trained(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    masked = workspace.config.model_copy(
+        update={"training": workspace.config.training.model_copy(update={"documents": "masked"})}
+    )
+    state = torch.load(workspace.checkpoint, weights_only=True)
+    save_checkpoint(workspace.checkpoint, {**state, "config": masked.model_dump()})
+    eval_command(overrides=EXACT, as_json=True)
+    files = TokenFiles(Path("corpus/tokens"), "val")
+    wanted = expected(workspace, files, document_ends=files.document_ends)
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(wanted.loss, rel=1e-6)
+    assert abs(wanted.loss - expected(workspace, files).loss) > 1e-3
 
 
 def test_a_text_file_is_scored_to_the_last_byte(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

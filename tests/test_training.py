@@ -23,7 +23,10 @@ from config.errors import UserError
 from config.training import BatchWarmupConfig, ScheduleConfig, ShortSequencesConfig
 from data.data_loader import DataLoader, TokenWindows
 from data.packing import PackedWindows
+from data.tokens import TokenFiles
+from evaluation.perplexity import evaluate_tokens
 from model.transformer import Transformer
+from scripts.train import evaluator
 from tests.small_runs import (
     SMALL,
     FixedLoss,
@@ -41,11 +44,14 @@ from tests.small_runs import (
     wait_for,
     write_corpus,
 )
+from tests.workspace import LIVELY
 from training import randomness
 from training.console import Console, count, duration
 from training.plan import make_plan
 from training.pretraining import open_pretraining
 from training.schedules import batch_rows, piece_length, rate_factor, sequences_through
+
+HOW = ("attend_across", "masked")
 
 
 @pytest.fixture(autouse=True)
@@ -247,6 +253,21 @@ class TestDocuments:
             source, model = opened(folder, how, ends=list(range(20, 4000, 20)))
             runs.append(trained_weights(train_here(source, model=model)))
         assert not differing(runs[0], runs[1]) and differing(runs[0], runs[2])
+
+    def test_are_masked_in_validation_where_they_are_in_training(self, folder: Path) -> None:
+        write_corpus(folder, ends=list(range(20, 4000, 20)))
+        jobs = [
+            open_pretraining(small_config(f"training.documents={how}", *LIVELY, vocab_size=300), None) for how in HOW
+        ]
+        model = Transformer(jobs[0].config.model)
+        model.init_weights(0)
+        across, masked = (evaluator(job)(model, 0, 1).loss for job in jobs)
+        tokens = TokenFiles(folder / "corpus/tokens", "val")
+        settings: dict[str, Any] = {"context_length": 32, "stride": 32, "batch_size": 1, "device": "cpu"}
+        settings["max_tokens"] = jobs[0].config.training.eval_tokens
+        assert across == pytest.approx(evaluate_tokens(model, tokens, **settings).loss, rel=1e-6)
+        wanted = evaluate_tokens(model, tokens, **settings, document_ends=tokens.document_ends).loss
+        assert masked == pytest.approx(wanted, rel=1e-6) and abs(masked - across) > 1e-3
 
 
 def opened(
