@@ -42,7 +42,7 @@ from config.schema import Config
 from data.tokens import load_tokens_manifest
 from model.checkpoint import load_model
 from model.checkpoint_folder import latest_checkpoint
-from training.distributed import choose_device
+from model.devices import choose_device
 from training.plan import sequence_length
 from training.throughput import measure_peak_flops
 

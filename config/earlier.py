@@ -30,6 +30,9 @@ BEFORE: dict[str, Any] = {
             "packing": "contiguous",
         },
     },
+    "generation": {
+        "precision": "auto",
+    },
 }
 
 

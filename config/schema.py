@@ -148,6 +148,7 @@ class GenerationConfig(Section):
     stop: list[str]
     seed: int | None
     num_samples: PositiveInt
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class Config(Section):

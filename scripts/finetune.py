@@ -187,7 +187,7 @@ def _starting_model(job: Finetuning, evaluate: Callable[[Transformer, int, int],
     import os
 
     from model.checkpoint import load_checkpoint, load_weights
-    from training.distributed import choose_device
+    from model.devices import choose_device
     from training.setup import new_model
 
     model = new_model(job.config, choose_device(job.config.training.device, int(os.environ.get("LOCAL_RANK", 0))))

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
 
 SLOTS = 16  # samples that are generated together; more of them wait
-ONE_THREAD_BELOW = 16_000_000  # parameters: products of a smaller model take less time than waking other threads
 
 Prompt = Annotated[
     str | None, typer.Option("--prompt", metavar="TEXT", help="The text to continue. Without one: interactive.")
@@ -90,8 +89,11 @@ def generate(
     from training.environment import calm_threads
 
     calm_threads()
-    model, tokenizer, is_chat = _load(config, checkpoint)
-    chat = is_chat if chat is None else chat
+    from inference.loading import load_for_generation
+
+    loaded = load_for_generation(checkpoint, config)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    chat = loaded.chat if chat is None else chat
     if text is not None:
         _write(config, model, tokenizer, text, chat)
         return
@@ -118,28 +120,6 @@ def _read_prompt(prompt: str | None, path: Path | None) -> str | None:
         raise UserError(f"The prompt in {path} is not UTF-8 text (byte {error.start:,}).") from error
     except OSError as error:
         raise UserError(f"{path} is not a file that can be read. Give --prompt-file a text file, or -.") from error
-
-
-def _load(config: Config, checkpoint: str) -> tuple[Transformer, Tokenizer, bool]:
-    """The model, its tokenizer, and whether it was fine-tuned on messages."""
-    import torch
-
-    from data.tokenization.matching import matching_tokenizer
-    from model.checkpoint import load_model
-    from model.checkpoint_folder import resolve_checkpoint
-    from training.distributed import choose_device
-    from training.precision import Precision
-
-    path = resolve_checkpoint(checkpoint, Path(config.training.checkpoint_dir))
-    device = choose_device(config.training.device)
-    # On a CPU the weights stay as they are: smaller ones gain little there, and would change what a seed gives.
-    exact = device.type == "cpu" and config.training.precision == "auto"
-    model, info = load_model(path, device, Precision("fp32" if exact else config.training.precision, device).dtype)
-    if device.type == "cpu" and model.num_parameters() < ONE_THREAD_BELOW:
-        torch.set_num_threads(1)
-    places = [config.data.tokenizer_dir, info.config["data"]["tokenizer_dir"]]
-    tokenizer = matching_tokenizer(info.tokenizer_fingerprint, [Path(place) for place in places])
-    return model, tokenizer, bool(info.finetuning and info.finetuning["format"] == "messages")
 
 
 def _write(config: Config, model: Transformer, tokenizer: Tokenizer, text: str, chat: bool) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config.errors import UserError
+from model.devices import choose_device
 
 LOST_CONTACT = ("closed by peer", "reset by peer", "Broken pipe")
 
@@ -105,19 +106,3 @@ def open_process(device: str, tensor: int = 1) -> Iterator[Process]:
         raise SystemExit(1) from error
     finally:
         dist.destroy_process_group()
-
-
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called `name` for the `local_rank`-th process of a machine; `auto` prefers a GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("training.device=cuda, but PyTorch finds no GPU here. Use training.device=cpu, or auto.")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("training.device=mps, but this is no Mac with a GPU. Use training.device=cpu, or auto.")
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"This machine has {torch.cuda.device_count()} GPUs, and process {local_rank + 1} of it needs one of its "
-            "own. Start fewer processes."
-        )
-    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from model.devices import has_fast_bfloat16
 from training.dealing import Dealing, Pending
 from training.orthogonalisation import Iteration, Method, iteration, orthogonalise
-from training.precision import has_fast_bfloat16
 
 Scalar = Tensor | float  # what a schedule may move is a 0-D tensor where the step is compiled
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from functools import cache
 from typing import Literal
 
 import torch
 
 from config.errors import UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from model.devices import DTYPES, automatic_precision
 
 
 class Precision:
@@ -23,7 +21,7 @@ class Precision:
 
     def __init__(self, name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> None:
         self.device = device
-        self.name = _automatic(device) if name == "auto" else name
+        self.name = automatic_precision(device) if name == "auto" else name
         self.dtype = DTYPES[self.name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
 
@@ -47,20 +45,3 @@ def require_float8(precision: Precision) -> None:
         )
     if precision.name != "bf16":
         raise UserError(f"training.fp8=true goes with training.precision=bf16, not with {precision.name}.")
-
-
-@cache
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 matrix products; a CPU without them is far slower in it."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        capable = torch.cpu.get_capabilities()
-        return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
-    return False
-
-
-def _automatic(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
-    if has_fast_bfloat16(device):
-        return "bf16"
-    return "fp16" if device.type == "cuda" else "fp32"

@@ -1,0 +1,54 @@
+"""A checkpoint made ready to generate from: the one way in for every command that does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from config.schema import Config
+from data.tokenization.matching import matching_tokenizer
+from model.checkpoint import CheckpointInfo, load_model
+from model.checkpoint_folder import resolve_checkpoint
+from model.devices import DTYPES, automatic_precision, choose_device
+from model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from data.tokenization import Tokenizer
+
+ONE_THREAD_BELOW = 16_000_000  # parameters: products of a smaller model take less time than waking other threads
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in evaluation mode on its device, and the tokenizer it was trained with.
+
+    `chat` tells whether it was fine-tuned on messages and so answers in the tokenizer's chat template.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    chat: bool
+    info: CheckpointInfo
+
+
+def load_for_generation(checkpoint: str, config: Config) -> Loaded:
+    """Load `checkpoint` (its path, a folder of them, or "latest") as `config` says.
+
+    That is `training.device`, `training.checkpoint_dir` for the latest one, `data.tokenizer_dir` and
+    `generation.precision`, whose `auto` is what the device is fast in on a GPU; on a CPU the weights stay as they were
+    saved, so that a seed gives the same text on every machine. Raises `UserError` where the checkpoint, its tokenizer
+    or the device is missing or unfit.
+    """
+    path = resolve_checkpoint(checkpoint, Path(config.training.checkpoint_dir))
+    device, precision = choose_device(config.training.device), config.generation.precision
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else automatic_precision(device)
+    model, info = load_model(path, device, DTYPES[precision])
+    if device.type == "cpu" and model.num_parameters() < ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
+    places = [config.data.tokenizer_dir, info.config["data"]["tokenizer_dir"]]
+    tokenizer = matching_tokenizer(info.tokenizer_fingerprint, [Path(place) for place in places])
+    return Loaded(model, tokenizer, bool(info.finetuning and info.finetuning["format"] == "messages"), info)
