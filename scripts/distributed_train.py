@@ -18,6 +18,7 @@ from config.command import (
     show,
     with_determinism,
 )
+from training.signals import expect_signals
 
 Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Processes on this machine, each with a GPU of its own.")]
 Device = Annotated[
@@ -90,6 +91,7 @@ def distributed_train(
 
 def main() -> None:
     """Run the command line."""
+    expect_signals()
     run(distributed_train)
 
 

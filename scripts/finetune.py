@@ -18,6 +18,7 @@ from config.command import (
     run,
     with_determinism,
 )
+from training.signals import expect_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -232,6 +233,9 @@ def _report(job: Finetuning, result: TrainResult) -> None:
         return
     if result.stopped_by is not None:
         cause = signal.Signals(result.stopped_by).name if result.stopped_by else "training.max_hours"
+        if result.checkpoint is None:
+            print(f"Stopped by {cause} before the first step.")
+            return
         print(f"Stopped by {cause} after step {result.step:,} of {result.steps:,}; wrote {result.checkpoint}.")
         print(f"Go on with: {resumed}")
         return
@@ -260,6 +264,7 @@ def _prompt(probe: Example) -> str:
 
 def main() -> None:
     """Run the command line."""
+    expect_signals()
     run(finetune)
 
 

@@ -18,6 +18,7 @@ from config.command import (
     show,
     with_determinism,
 )
+from training.signals import expect_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,6 +165,9 @@ def _report(result: TrainResult) -> None:
         return
     if result.stopped_by is not None:
         cause = signal.Signals(result.stopped_by).name if result.stopped_by else "training.max_hours"
+        if result.checkpoint is None:
+            print(f"Stopped by {cause} before the first step.")
+            return
         print(f"Stopped by {cause} after step {result.step:,} of {result.steps:,}; wrote {result.checkpoint}.")
         print(f"Go on with: {resume_command(result.checkpoint)}")
         return
@@ -175,6 +179,7 @@ def _report(result: TrainResult) -> None:
 
 def main() -> None:
     """Run the command line."""
+    expect_signals()
     run(train)
 
 

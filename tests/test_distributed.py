@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -106,6 +107,10 @@ class TestTwoProcesses:
         write_corpus(tmp_path)
         long = [*SETTINGS, "training.max_steps=100000", "training.checkpoint_interval=100000", "training.run_name=cut"]
         process = start(tmp_path, "distributed_train", *TWO, *long)
+        wait_for(lambda: bool(psutil.Process(process.pid).children()), process)
+        while not (tmp_path / "runs/cut").exists():  # which they are too early for
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.02)
         wait_for((tmp_path / "runs/cut/metrics.jsonl").exists, process)
         process.send_signal(signal.SIGUSR1)
         wait_for(lambda: any((tmp_path / "checkpoints").glob("*.pt")), process)

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.small_runs import SMALL, RandomSamples, command, new_transformer, read_checkpoint, train_here, write_corpus
+from tests.small_runs import (
+    SMALL,
+    RandomSamples,
+    command,
+    finish,
+    new_transformer,
+    read_checkpoint,
+    start,
+    train_here,
+    wait_for,
+    write_corpus,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +53,55 @@ def test_a_run_ends_with_a_checkpoint_before_its_time_is_over() -> None:
     assert time.time() - started < 3600 * hours
     assert result.stopped_by == 0 and 2 <= result.step < 40
     assert result.checkpoint is not None and read_checkpoint(result.checkpoint)["step"] == result.step
+
+
+class Impatient(RandomSamples):
+    """Samples of which a run is asked to stop as soon as it looks at them."""
+
+    asked = False
+
+    def __len__(self) -> int:
+        if not self.asked:
+            self.asked = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__len__()
+
+
+def test_a_run_asked_to_stop_before_its_first_step_takes_none_and_leaves_nothing(folder: Path) -> None:
+    result = train_here(Impatient(32, 32))
+    assert (result.step, result.stopped_by, result.checkpoint) == (0, signal.SIGTERM, None)
+    assert not list(folder.iterdir())
+
+
+def awaited(process: subprocess.Popen[str], field: str, number: signal.Signals) -> bool:
+    """Whether a signal is among those that `field` of the process's status names."""
+    (mask,) = re.findall(rf"^{field}:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> number - 1 & 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs to see which signals a process expects")
+class TestStarting:
+    def test_a_request_to_save_harms_nothing(self, folder: Path) -> None:
+        write_corpus(folder)
+        process = start(folder, "train", *SMALL, "training.run_name=asked")
+        wait_for(lambda: awaited(process, "SigIgn", signal.SIGUSR1), process)
+        while not (folder / "runs/asked").exists():
+            assert process.poll() is None
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.02)
+        assert finish(process).returncode == 0
+
+    def test_a_request_to_stop_ends_it_with_a_sentence(self, folder: Path) -> None:
+        write_corpus(folder)
+        there = set(folder.iterdir())
+        process = start(folder, "train", *SMALL)
+        wait_for(lambda: awaited(process, "SigCgt", signal.SIGTERM), process)
+        process.send_signal(signal.SIGTERM)
+        done = finish(process)
+        said = (done.returncode, done.stdout, done.stderr)
+        assert said == (143, "", "Stopped by SIGTERM before the first step. Nothing was changed.\n")
+        assert set(folder.iterdir()) == there
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from threading import Thread
 
 from config.errors import UserError
+from training.signals import SAVE_NOW
 
 GRACE = 600  # seconds that processes asked to stop get for finishing a step and saving
 
@@ -100,16 +101,21 @@ def launch(script: Path, arguments: Sequence[str], machines: Machines, share_cor
 
 
 def _pass_on_save_requests() -> None:
-    """SIGUSR1 asks a run to save and go on; torchrun passes on only what asks it to stop."""
+    """SIGUSR1 asks a run to save and go on; torchrun passes on only what asks it to stop.
+
+    It is blocked, here and so in the processes that are started, where it would otherwise end one that is not ready.
+    """
     import psutil
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        for worker in psutil.Process().children():
-            with suppress(psutil.NoSuchProcess):
-                worker.send_signal(number)
+    def pass_on(number: int) -> None:
+        while signal.sigwait({number}):
+            for worker in psutil.Process().children():
+                with suppress(psutil.NoSuchProcess):
+                    worker.send_signal(number)
 
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, pass_on)
+    if SAVE_NOW is not None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {SAVE_NOW})
+        Thread(target=pass_on, args=(SAVE_NOW,), name="save-requests", daemon=True).start()
 
 
 def resume_command(checkpoint: Path | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -39,6 +40,23 @@ class Requests:
         return STOP if now + 2 * (self._longest + seconds_to_save) >= self._end else asked
 
 
+def expect_signals() -> None:
+    """To be called first of all: until `catch_signals` takes over, there is nothing to save and little to stop.
+
+    SIGUSR1 is ignored. SIGTERM ends a process of its own in the ordinary way; for one of several the launcher speaks.
+    """
+    if SAVE_NOW is not None:
+        signal.signal(SAVE_NOW, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {SAVE_NOW})  # the launcher has kept it from us
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        signal.signal(signal.SIGTERM, _leave)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    print(f"Stopped by {signal.Signals(number).name} before the first step. Nothing was changed.", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
 def _process_started() -> float:
     import psutil
 
@@ -67,6 +85,7 @@ def catch_signals(requests: Requests) -> Iterator[None]:
 
     noted = filter(None, (signal.SIGINT, signal.SIGTERM, SAVE_NOW))
     previous = {int(number): signal.getsignal(number) for number in noted}
+    previous = {number: signal.SIG_DFL if handler is _leave else handler for number, handler in previous.items()}
     for number in previous:
         signal.signal(number, note)
     try:

@@ -122,6 +122,8 @@ def train(
         loss = state.get("validation_loss")
         if progress.step >= plan.steps:
             return TrainResult(progress.step, plan.steps, run_dir, resume, loss, None, True, process.is_main)
+        if stopped := process.largest(requests.stop or 0):
+            return TrainResult(progress.step, plan.steps, run_dir, resume, loss, stopped, False, process.is_main)
 
         console = Console(enabled=process.is_main)
         record = _open_record(process, with_run_name(config, name), run_dir, console, state, recipe, page)
