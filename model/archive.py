@@ -41,19 +41,29 @@ class SealingFile:
         """Hand what is buffered to the system."""
         self._file.flush()
 
+    @property
+    def checksum(self) -> str:
+        """XXH3-128 of all that was written."""
+        return self._hash.hexdigest()
+
     def seal(self) -> None:
         """End the file, which must now be a whole archive without a comment."""
         self._file.seek(-2, 2)
-        self._file.write(COMMENT.to_bytes(2, "little") + LABEL + self._hash.hexdigest().encode())
+        self._file.write(COMMENT.to_bytes(2, "little") + LABEL + self.checksum.encode())
 
 
-def write_archive(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write an archive, given in parts, sealed, to `path`, whole or not at all; `UserError` where the disk is full."""
+def write_archive(path: Path, parts: Iterable[bytes | memoryview], seal: bool = True) -> str:
+    """Write a file, given in parts, to `path`, whole or not at all; `UserError` where the disk is full.
+
+    Returns the checksum of its content; one that is a single archive is sealed with it.
+    """
     with atomic_write(path) as file:
         sealing = SealingFile(file)
         for part in parts:
             sealing.write(part)
-        sealing.seal()
+        if seal:
+            sealing.seal()
+    return sealing.checksum
 
 
 def is_intact(path: Path) -> bool | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,10 +87,41 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def write_state(state: dict[str, Any], file: Writable) -> None:
     """Write `state` to `file` as the archive that `load_checkpoint` reads, but for its checksum."""
     _check_plain(state, "state")
-    crc32 = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # one checksum, that of the whole file, is enough
-    try:
+    with _one_checksum():
         torch.save({"format": FORMAT, **state}, file)  # type: ignore[arg-type]
+
+
+def write_tensors(tensors: Iterable[Tensor], file: Writable) -> list[int]:
+    """Write an archive of each tensor to `file`, one after the other; returns their lengths in bytes."""
+    counting = _CountingFile(file)
+    ends = [0]
+    with _one_checksum():
+        for tensor in tensors:
+            torch.save(tensor, counting)  # type: ignore[arg-type]
+            ends.append(counting.count)
+    return [end - start for start, end in pairwise(ends)]
+
+
+class _CountingFile:
+    def __init__(self, file: Writable) -> None:
+        self.count = 0
+        self._file = file
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.count += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+@contextmanager
+def _one_checksum() -> Iterator[None]:
+    """Without those that `torch.save` makes of every tensor: that of the whole file is enough."""
+    crc32 = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
     finally:
         torch.serialization.set_crc32_options(crc32)
 

@@ -14,7 +14,9 @@ from config.errors import UserError
 from config.files import remove_directory, write_text
 
 LATEST = "latest"
-STATE = "state.pt"  # in a checkpoint that is a folder
+# In a checkpoint that is a folder:
+STATE = "state.pt"
+CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"model_step_(\d+)(\.pt)?")
 
 

@@ -1,10 +1,11 @@
-"""Checkpoints of sharded runs: folders that `torch.distributed.checkpoint` writes, every process its own part at once.
+"""Checkpoints of sharded runs: folders in the format of `torch.distributed.checkpoint`, with a part of every process.
 
 In `model_step_N/` lie
 
 - `state.pt`: all that is not sharded, as in a checkpoint that is a single file. Where a sharded tensor belongs, it has
-  `{"stored": NAME}` instead; under `parts` stand the checksums of the other files.
+  `{"stored": NAME}` instead.
 - `__P_0.distcp` and `.metadata`: the parts of those tensors that process P had, and which is where.
+- `checksums.json`: those of these files. (In folders of an earlier version they stand in `state.pt`, under `parts`.)
 
 The folder is written under another name, and renamed when all of it is on the disk. `.metadata` is a pickle: it is read
 by an unpickler that knows the few classes of a table of tensors and refuses everything else. The tensors themselves are
@@ -14,30 +15,32 @@ read as in a single file, with `weights_only`. So nothing in a checkpoint is exe
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from config.files import disk_errors
+from model.checkpoint_folder import CHECKSUMS
 from model.sharding import Stored
 
 TABLE = ".metadata"
-PARTS = "parts"
 _MARK = "stored"
 _DATA = re.compile(r"__\d+_\d+\.distcp")
 _TABLE_CLASSES = {
@@ -107,8 +110,9 @@ def open_folder(state: dict[str, Any], folder: Path, checking: bool) -> dict[str
     """
     if checking:
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        for name in sorted(state[PARTS])[rank::world_size]:
-            if _checksum(folder / name) != state[PARTS][name]:
+        checksums = state.get("parts") or json.loads((folder / CHECKSUMS).read_text())
+        for name in sorted(checksums)[rank::world_size]:
+            if _checksum(folder / name) != checksums[name]:
                 raise pickle.UnpicklingError(f"{name} is not what was written")
     opened: dict[str, Any] = _put_together(state, folder, read_table(folder))
     return opened
@@ -138,27 +142,40 @@ def _put_together(state: Any, folder: Path, table: Metadata) -> Any:
     return {key: _put_together(value, folder, table) for key, value in state.items()}
 
 
-def write_tensors(tensors: Mapping[str, DTensor], folder: Path) -> dict[str, str]:
-    """Write every process's parts of `tensors` into `folder`, on a disk that all processes see. All must call this.
+@dataclass(frozen=True, slots=True)
+class WritingPlan:
+    """Which process writes which parts of some tensors: what two of them hold is written once."""
 
-    What two processes both hold is written once. Returns the checksum of every file. A full disk of any of them raises
-    `UserError` in all.
-    """
-    with disk_errors(folder):
-        try:
-            save(dict(tensors), storage_writer=FileSystemWriter(folder))
-        except CheckpointException as error:
-            for failure, _ in error.failures.values():
-                if isinstance(failure, OSError):
-                    raise failure from error
-            raise
-    rank = dist.get_rank()
-    own = [
-        path for path in folder.iterdir() if path.name.startswith(f"__{rank}_") or (rank == 0 and path.name == TABLE)
-    ]
-    found: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, {path.name: _checksum(path) for path in own})
-    return {name: value for each in found for name, value in each.items()}
+    items: list[list[WriteItem]]
+    metadata: Metadata
+
+    def own(self, tensors: Mapping[str, DTensor]) -> list[Tensor]:
+        """What this process is to write, in this order, into the file `data_file(rank)`."""
+        return [tensors[item.index.fqn].to_local() for item in self.items[dist.get_rank()]]
+
+    def table(self, lengths: Sequence[Sequence[int]]) -> bytes:
+        """The file `TABLE`, from the lengths in bytes of what every process has written."""
+        places = {}
+        for rank, (items, counts) in enumerate(zip(self.items, lengths, strict=True)):
+            starts = accumulate(counts, initial=0)
+            for item, start, count in zip(items, starts, counts):
+                places[item.index] = _StorageInfo(data_file(rank), start, count)
+        return pickle.dumps(replace(self.metadata, storage_data=places, version=CURRENT_DCP_VERSION))
+
+
+def plan_writing(tensors: Mapping[str, DTensor]) -> WritingPlan:
+    """Agree on who writes what. All processes must call this."""
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(dict(tensors), is_coordinator=dist.get_rank() == 0)
+    wanted: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(wanted, planner.create_local_plan())
+    plans, metadata = planner.create_global_plan(wanted)
+    return WritingPlan([plan.items for plan in plans], metadata)
+
+
+def data_file(rank: int) -> str:
+    """The name of the file of a process."""
+    return f"__{rank}_0.distcp"
 
 
 def read_tensors(wanted: Iterable[tuple[Tensor, Stored]]) -> None:

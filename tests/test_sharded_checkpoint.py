@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from config.errors import UserError
 from model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from model.checkpoint_folder import Keep, list_checkpoints, prune, resolve_checkpoint
 from tests.small_runs import new_transformer, small_config
+from training.console import Console
 from training.distributed import Process
-from training.sharded_saving import write_parts
+from training.record import Record
+from training.sharded_saving import ShardedSaving
 
 
 @pytest.fixture
@@ -32,12 +35,14 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     weights = {
         name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in new_transformer().state_dict().items()
     }
-    config = small_config(f"training.checkpoint_dir={tmp_path}")
-    state: dict[str, Any] = {"model": weights, "config": config.model_dump(), "step": 5, "run_name": "run"}
-    plain, parts = write_parts(state, config, Process(0, 1, torch.device("cpu")))
-    save_checkpoint(parts / "state.pt", plain)
+    config = small_config(f"training.checkpoint_dir={tmp_path}", f"training.runs_dir={tmp_path}/runs")
+    record = Record(config, tmp_path / "runs/run", Console(enabled=False), {})
+    saving = ShardedSaving(config.training, Process(0, 1, torch.device("cpu")), record, print)
+    assert saving.save({"model": weights, "step": 5, "validation_loss": None}, final=True) is None
+    saving.close()
+    record.close()
     dist.destroy_process_group()
-    yield parts.rename(tmp_path / "model_step_5")
+    yield tmp_path / "model_step_5"
 
 
 class TestFolder:
@@ -66,13 +71,24 @@ class TestFolder:
         with pytest.raises(UserError, match="model_step_5 is not a whole checkpoint"):
             load_checkpoint(folder)
 
+    def test_checksums_of_an_earlier_version_are_read(self, folder: Path) -> None:
+        state = torch.load(folder / "state.pt", weights_only=True)
+        state["parts"] = json.loads((folder / "checksums.json").read_text())
+        del state["format"]
+        (folder / "checksums.json").unlink()
+        save_checkpoint(folder / "state.pt", state)
+        load_model(folder)
+        state["parts"][".metadata"] = "0" * 32
+        save_checkpoint(folder / "state.pt", state)
+        with pytest.raises(UserError, match="model_step_5 is not a whole checkpoint"):
+            load_checkpoint(folder)
+
     def test_nothing_in_its_table_is_executed(self, folder: Path, tmp_path: Path) -> None:
         table = pickle.dumps(Intruder(tmp_path / "was here"))
         (folder / ".metadata").write_bytes(table)
-        state = torch.load(folder / "state.pt", weights_only=True)
-        state["parts"][".metadata"] = xxhash.xxh3_128(table).hexdigest()
-        del state["format"]
-        save_checkpoint(folder / "state.pt", state)
+        checksums = json.loads((folder / "checksums.json").read_text())
+        checksums[".metadata"] = xxhash.xxh3_128(table).hexdigest()
+        (folder / "checksums.json").write_text(json.dumps(checksums))
         with pytest.raises(UserError, match="model_step_5 is not a whole checkpoint"):
             load_checkpoint(folder)
         assert not (tmp_path / "was here").exists()

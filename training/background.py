@@ -17,15 +17,16 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
-from model.checkpoint_folder import Keep
-from training.staging import Staging, staged_bytes, stream_after_the_step
-from training.writer import Job
+import torch
+
+from training.staging import Staging, stream_after_the_step
+from training.writer import AnyJob, Outcome
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = "from training.writer import main; main()"
 ATTEMPTS = 3
+MakeJob = Callable[[Staging, torch.cuda.Stream | None], AnyJob]
 NOT_ITS_BUSINESS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
@@ -38,26 +39,26 @@ class BackgroundWriter:
         self._staging = Staging()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._job: Job | None = None
+        self._job: AnyJob | None = None
         self._attempts = 0
         self._preparation: Thread | None = None
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-copy")
-        self._copying: Future[Job] | None = None
+        self._copying: Future[AnyJob] | None = None
 
     @property
     def busy(self) -> bool:
         """Whether a checkpoint has been handed over of which `result` has not told yet."""
         return self._job is not None or self._copying is not None
 
-    def prepare(self, state: dict[str, Any]) -> None:
-        """Make ready for a state as large as this one, so that the first `submit` takes no longer than later ones."""
+    def prepare(self, nbytes: int) -> None:
+        """Make ready for states of so many bytes, so that the first `submit` takes no longer than later ones."""
         if self._process is None:
             self._start()
-        self._preparation = Thread(target=self._staging.reserve, args=(staged_bytes(state),), name="checkpoint-memory")
+        self._preparation = Thread(target=self._staging.reserve, args=(nbytes,), name="checkpoint-memory")
         self._preparation.start()
 
-    def submit(self, path: Path, state: dict[str, Any], keep: Keep) -> None:
-        """Begin to copy `state`, whose tensors may not change before `settle`, and have it written to `path`.
+    def submit(self, make: MakeJob) -> None:
+        """Begin to `make` a job, for which it copies tensors that may not change before `settle`; then have it done.
 
         Not while `busy`: the writer still reads the last copy.
         """
@@ -66,18 +67,18 @@ class BackgroundWriter:
         if self._process is None:
             self._start()
         stream = stream_after_the_step()
-        self._copying = self._copier.submit(lambda: Job(path, self._staging.lay_out(state, stream), keep))
+        self._copying = self._copier.submit(lambda: make(self._staging, stream))
 
     def settle(self) -> None:
-        """Wait until the tensors of the last `submit` may change."""
+        """Wait until the tensors of the last `submit` may change, and hand its job over."""
         if self._copying is not None:
             copying, self._copying = self._copying, None
             self._job = copying.result()
             self._attempts = 0
             self._hand_over()
 
-    def result(self, wait: bool) -> tuple[Path, str | None] | None:
-        """The path that was written and what went wrong, if anything; None where it is not done and `wait` is false.
+    def result(self, wait: bool) -> Outcome | None:
+        """What came of the job; None where it is not done and `wait` is false.
 
         A writer that has died is replaced, and its work handed over again.
         """
@@ -85,21 +86,21 @@ class BackgroundWriter:
             return None
         self.settle()
         assert self._job is not None and self._connection is not None
-        path = self._job.path
         while True:
             try:
                 if not self._connection.poll(None if wait else 0):
                     return None
-                error: str | None = self._connection.recv()
+                outcome: Outcome = self._connection.recv()
                 break
             except (EOFError, ConnectionError):
                 self._bury()
             if self._attempts == ATTEMPTS:
-                error = f"The process that was to write {path} died {ATTEMPTS} times."
+                path = self._job.path
+                outcome = Outcome(path, error=f"The process that was to write {path} died {ATTEMPTS} times.")
                 break
             self._hand_over()
         self._job = None
-        return path, error
+        return outcome
 
     def close(self) -> None:
         """Let the writer finish and end, and give the memory back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import UserError
-from config.files import disk_errors, exclusive, replace_directory
+from config.files import disk_errors, exclusive
 from config.training import TrainingConfig
 from model.checkpoint import checkpoint_run_name, save_checkpoint
-from model.checkpoint_folder import LATEST, STATE, Keep, checkpoint_path, list_checkpoints, set_latest
+from model.checkpoint_folder import LATEST, Keep, checkpoint_path, list_checkpoints, set_latest
 from training.background import BackgroundWriter
 from training.staging import staged_bytes
-from training.writer import finish
+from training.writer import FolderJob, Job, finish, perform
 
 PREVIOUS = "previous"
+PARTS_OF = ".parts"  # the ending of a folder that is not yet a checkpoint
 PATIENCE = 60.0  # seconds that the writer of a run that was killed gets for its last file
 LONG = 1.0  # seconds of waiting that are worth a word
 ASSUMED_SPEED = 1e8  # bytes per second of a disk of which nothing is known yet
@@ -48,6 +50,8 @@ class Checkpoints:
         lock = self._resources.enter_context(exclusive(self.directory / LATEST, busy, PATIENCE))
         for leftover in self.directory.glob(".model_step_*.tmp"):
             leftover.unlink(missing_ok=True)
+        for unfinished in self.directory.glob(f".model_step_*{PARTS_OF}"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         self._background: BackgroundWriter | None = None
         if training.save_in_background and os.name == "posix":
             self._background = BackgroundWriter(say, (lock.fileno(),) if lock else ())
@@ -81,43 +85,65 @@ class Checkpoints:
             set_latest(self.latest)
 
     def tend(self, state: Callable[[], dict[str, Any]]) -> None:
-        """To be called after every step: makes ready for states as large as this one, and hears of what was written."""
+        """As `hear`; makes ready, too, for states as large as this one."""
         if not self._ready:
             first, self._ready = state(), True
             self.seconds_to_save = self.seconds_to_save or staged_bytes(first) / ASSUMED_SPEED
             if self._background is not None:
-                self._background.prepare(first)
+                self._background.prepare(staged_bytes(first))
+        self.hear()
+
+    def hear(self) -> None:
+        """To be called after every step: hears of what was written."""
         self._hear(wait=False)
 
-    def save(self, state: dict[str, Any], final: bool, parts: Path | None = None) -> None:
-        """Save `state` as the checkpoint of its step, then delete those of this run that need not be kept.
-
-        `parts` is the folder where the sharded tensors of `state` are already: it becomes the checkpoint.
-        The `final` one is on the disk when this returns; it raises `UserError` where the disk is full.
-        """
+    def described(self, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` with the name of the run, and which checkpoint is the best; waits for what is being written."""
         self._hear(wait=True)
-        step, loss = state["step"], state["validation_loss"]
-        best = self.best
+        step, loss, best = state["step"], state["validation_loss"], self.best
         if loss is not None and math.isfinite(loss) and (best is None or loss <= best["validation_loss"]):
             best = {"step": step, "validation_loss": loss}
-        path = checkpoint_path(self.directory, step)
-        training = self._training
-        keep = Keep(training.keep_last, training.keep_every, best["step"] if best and training.keep_best else None)
-        state = {**state, "run_name": self.run_name, "best": best}
-        if final or parts is not None or self._background is None:
+        return {**state, "run_name": self.run_name, "best": best}
+
+    def save(self, state: dict[str, Any], final: bool) -> None:
+        """Save `state` as the checkpoint of its step, then delete those of this run that need not be kept.
+
+        The `final` one is on the disk when this returns; it raises `UserError` where the disk is full.
+        """
+        state = self.described(state)
+        path, best = checkpoint_path(self.directory, state["step"]), state["best"]
+        if final or self._background is None:
             started = time.monotonic()
-            if parts is None:
-                save_checkpoint(path, state)
-            else:
-                path = path.with_suffix("")
-                save_checkpoint(parts / STATE, state)
-                replace_directory(parts, path)
-            finish(path, keep)
+            save_checkpoint(path, state)
+            finish(path, self.keep(best))
             self.seconds_to_save = time.monotonic() - started
             self.best, self.latest = best, path
         else:
-            self._background.submit(path, state, keep)
+            keep = self.keep(best)
             self._best_then, self._submitted = best, time.monotonic()
+            self._background.submit(lambda staging, stream: Job(path, staging.lay_out(state, stream), keep))
+
+    def finish_folder(self, job: FolderJob, best: dict[str, Any] | None, started: float, final: bool) -> None:
+        """Do `job`, which makes of what all processes of a sharded run have written a checkpoint; otherwise as `save`.
+
+        `best` is that of the `described` state, `started` the time of the monotonic clock when its saving began.
+        """
+        self._hear(wait=True)
+        if final or self._background is None:
+            outcome = perform(job)
+            if outcome.error is not None:
+                raise UserError(outcome.error)
+            self.seconds_to_save = time.monotonic() - started
+            self.best, self.latest = best, job.path
+        else:
+            self._best_then, self._submitted = best, started
+            self._background.submit(lambda staging, stream: job)
+            self._background.settle()
+
+    def keep(self, best: dict[str, Any] | None) -> Keep:
+        """Which checkpoints of this run are to stay when the next one is written."""
+        training = self._training
+        return Keep(training.keep_last, training.keep_every, best["step"] if best and training.keep_best else None)
 
     def settle(self) -> None:
         """To be called before the weights change: waits until the last state that was saved need not stay as it is."""
@@ -137,7 +163,7 @@ class Checkpoints:
         done = self._background.result(wait)
         if done is None:
             return
-        path, error = done
+        path, error = done.path, done.error
         if time.monotonic() - started > LONG:
             self._say(f"Waited {time.monotonic() - started:.1f} s until {path} was on the disk.")
         if error is not None:

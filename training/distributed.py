@@ -59,11 +59,15 @@ class Process:
 
     def largest(self, number: int) -> int:
         """The largest `number` of all processes."""
+        return self.largest_each(number)[0]
+
+    def largest_each(self, *numbers: int) -> list[int]:
+        """The same of several at once, each for itself."""
         if self.world_size == 1:
-            return number
-        tensor = torch.tensor(number, dtype=torch.int64)
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return int(tensor)
+        return [int(number) for number in tensor]
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a floating-point tensor on the device over all shares of the data, in place."""

@@ -44,7 +44,7 @@ from training.profiling import Profile
 from training.record import Record
 from training.schedules import piece_length, rate_factor
 from training.setup import Progress
-from training.sharded_saving import write_parts
+from training.sharded_saving import ShardedSaving
 from training.shares import agree_on_overflow, gradient_norm, take_gradients
 from training.signals import SAVE, STOP, Requests
 from training.spikes import PlacesOf, SpikeGuard
@@ -78,6 +78,7 @@ class Loop:
     meter: Meter
     console: Console
     record: Record | None
+    sharded: ShardedSaving | None
     requests: Requests
     guard: SpikeGuard
     evaluate: Evaluate
@@ -110,7 +111,8 @@ class Loop:
                 batch = next(loader)
                 self._update(step, batch, range(first, loader.cursor))
                 self.progress.step = step
-                asked = process.largest(self.requests.take(self.record.seconds_to_save if self.record else 0.0))
+                asking = self.requests.take(self.record.seconds_to_save if self.record else 0.0)
+                asked, busy = process.largest_each(asking, int(self.sharded is not None and self.sharded.busy))
                 stopped = asked >= STOP
                 last = step == plan.steps or stopped
 
@@ -125,7 +127,9 @@ class Loop:
                     self._sample(step)
                 if saving:
                     self._save(loader.cursor, loss, final=last)
-                elif self.record is not None and not plan.layout.shares_weights:
+                elif self.sharded is not None:
+                    self.sharded.tend(partial(self._state, loader.cursor, None), bool(busy))
+                elif self.record is not None:
                     self.record.tend(partial(self._state, loader.cursor, None))
                 if stopped:
                     return asked - STOP
@@ -167,8 +171,9 @@ class Loop:
 
         norm = self._clip()
         skip = self.guard.judge(norm, step, samples)
-        if self.record is not None:
-            self.record.settle()
+        for saving in (self.record, self.sharded):
+            if saving is not None:
+                saving.settle()
         self.optimizers.step(skip)
         if self.precision.scaler.is_enabled():
             self.precision.scaler.update()
@@ -259,16 +264,10 @@ class Loop:
             self.console.say(f"warning: {error} {GOES_ON}")
 
     def _write(self, cursor: int, validation_loss: float | None, final: bool) -> UserError | None:
-        """Write a checkpoint: what is sharded all processes together, the rest the main one alone."""
-        parts = None
-        if self.plan.layout.shares_weights:
-            try:
-                state, parts = write_parts(self._state(cursor, validation_loss), self.config, self.process)
-            except UserError as error:
-                return error
-        elif self.record is not None:
-            state = self._state(cursor, validation_loss)
-        return None if self.record is None else self.record.save(state, final, parts)
+        """Write a checkpoint: of a sharded model all processes together, else the main one alone."""
+        if self.sharded is not None:
+            return self.sharded.save(self._state(cursor, validation_loss), final)
+        return None if self.record is None else self.record.save(self._state(cursor, validation_loss), final)
 
     def _state(self, cursor: int, validation_loss: float | None) -> dict[str, Any]:
         return {

@@ -31,10 +31,10 @@ class Record:
         self.checkpoints.set_aside_others(step)
         self.tracker = Tracker(directory, config, console.say, step, state.get("wandb_id"), recipe, page)
 
-    def save(self, state: dict[str, Any], final: bool, parts: Path | None = None) -> UserError | None:
+    def save(self, state: dict[str, Any], final: bool) -> UserError | None:
         """Save a checkpoint; returns what kept it from being written, such as a full disk, if that is known already."""
         try:
-            self.checkpoints.save(self._complete(state), final, parts)
+            self.checkpoints.save(self._complete(state), final)
         except UserError as error:
             return error
         return None
@@ -42,6 +42,10 @@ class Record:
     def tend(self, state: Callable[[], dict[str, Any]]) -> None:
         """To be called after every step, with a function that makes the state of a checkpoint."""
         self.checkpoints.tend(lambda: self._complete(state()))
+
+    def described(self, state: dict[str, Any]) -> dict[str, Any]:
+        """All that a checkpoint holds, for one that is not written here."""
+        return self.checkpoints.described(self._complete(state))
 
     def settle(self) -> None:
         """To be called before the weights change."""

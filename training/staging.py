@@ -12,13 +12,14 @@ import ctypes
 import mmap
 import os
 import tempfile
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, UntypedStorage
 
-from model.checkpoint import write_state
+from model.checkpoint import write_state, write_tensors
 from training.writer import Part
 
 ALIGNMENT = 64  # bytes
@@ -60,15 +61,22 @@ class Staging:
         Tensors that share their memory share it in the archive, as `torch.save` has it. On a GPU the copies go through
         `stream`, beside whatever it computes meanwhile.
         """
-        self.reserve(max(staged_bytes(state), mmap.PAGESIZE))
+        return self.lay_out_shares(state, [], stream)[0]
+
+    def lay_out_shares(
+        self, state: dict[str, Any] | None, tensors: Sequence[Tensor], stream: torch.cuda.Stream | None = None
+    ) -> tuple[list[Part], list[Part], list[int]]:
+        """The same, and beside it a file of archives of one tensor each, with their lengths in bytes."""
+        self.reserve(max(staged_bytes(state) + shares_bytes(tensors), mmap.PAGESIZE))
         copies = _Copies(self._memory)
         with torch.cuda.stream(stream):
-            staged = copies.of(state)
+            staged, shares = copies.of(state), [copies.alone(tensor) for tensor in tensors]
         if stream is not None:
             stream.synchronize()
-        layout = _Layout(self._address, copies.used)
-        write_state(staged, layout)
-        return layout.parts
+        layout, file = (_Layout(self._address, copies.used) for _ in range(2))
+        if state is not None:
+            write_state(staged, layout)
+        return layout.parts, file.parts, write_tensors(shares, file)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -100,6 +108,11 @@ def staged_bytes(state: Any) -> int:
     return sum(storages.values())
 
 
+def shares_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of shared memory that `tensors` take, each alone."""
+    return sum(_aligned(tensor.nbytes) for tensor in tensors)
+
+
 def stream_after_the_step() -> torch.cuda.Stream | None:
     """A stream of the GPU whose work begins when what it was given so far is done; None where a run is on none."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -129,16 +142,26 @@ class _Copies:
             return type(value)(self.of(item) for item in value)
         return value
 
+    def alone(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor` that is contiguous and has no part of anything else in its memory."""
+        if tensor.numel() == 0:
+            return torch.empty_like(tensor, device="cpu")
+        place = torch.empty(0, dtype=tensor.dtype).set_(self._place(tensor.nbytes))
+        return place.view(tensor.shape).copy_(tensor, non_blocking=True)
+
     def _storage(self, storage: UntypedStorage) -> UntypedStorage:
         if storage.nbytes() == 0:
             return torch.empty(0).untyped_storage()
         if storage.data_ptr() not in self._made:
-            place = torch.frombuffer(self._memory, dtype=torch.uint8, count=storage.nbytes(), offset=self.used)
-            copy = place.untyped_storage()
+            copy = self._place(storage.nbytes())
             copy.copy_(storage, non_blocking=True)
             self._made[storage.data_ptr()] = copy
-            self.used += _aligned(storage.nbytes())
         return self._made[storage.data_ptr()]
+
+    def _place(self, nbytes: int) -> UntypedStorage:
+        place = torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=self.used)
+        self.used += _aligned(nbytes)
+        return place.untyped_storage()
 
 
 class _Layout:

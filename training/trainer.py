@@ -30,6 +30,7 @@ from training.record import Record
 from training.resume import require_same_data, require_same_tokenizer
 from training.scaling import choose_rates, describe
 from training.setup import Progress, load_state, new_model, run_name, should_compile, with_run_name
+from training.sharded_saving import ShardedSaving
 from training.signals import Requests, catch_signals
 from training.spikes import SpikeGuard
 from training.throughput import measure_peak_flops
@@ -145,6 +146,7 @@ def train(
             meter=Meter(process, peak_flops),
             console=console,
             record=record,
+            sharded=ShardedSaving(training, process, record, console.say) if plan.layout.shares_weights else None,
             requests=requests,
             guard=guard,
             evaluate=evaluate,
@@ -162,6 +164,8 @@ def train(
             raise
         finally:
             console.close()
+            if loop.sharded is not None:
+                loop.sharded.close()
             if record is not None:
                 record.close()
         checkpoint = record.checkpoints.latest if record is not None else None

@@ -6,19 +6,34 @@ hand first. What it is told and answers are pickled objects on a socket that onl
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
+import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from config.errors import UserError
+from config.files import replace_directory
 from model.archive import write_archive
-from model.checkpoint_folder import Keep, prune, set_latest
+from model.checkpoint_folder import CHECKSUMS, Keep, prune, set_latest
 
 Part = bytes | tuple[int, int]
 """A piece of a file: its bytes, or (offset, length) of them in the shared memory."""
+Write = Callable[[Path, Sequence[Part], bool], str]
+"""Writes a file and returns its checksum; see `write_archive`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a job: the checksums of its files by name, or what went wrong."""
+
+    path: Path
+    checksums: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +41,53 @@ class Job:
     """A checkpoint to be written to `path`, after which those in its folder that `keep` does not name are deleted."""
 
     path: Path
-    parts: list[Part]
+    parts: Sequence[Part]
     keep: Keep
+
+    def do(self, write: Write) -> dict[str, str]:
+        """Do it; it may have been begun before."""
+        write(self.path, self.parts, True)
+        finish(self.path, self.keep)
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class ShareJob:
+    """One process's share of a checkpoint that is a folder: its file of tensors, and perhaps the state beside them."""
+
+    path: Path
+    parts: Sequence[Part]
+    state: tuple[Path, Sequence[Part]] | None
+
+    def do(self, write: Write) -> dict[str, str]:
+        """Do it; it may have been begun before."""
+        if self.state is not None:
+            write(*self.state, True)
+        return {self.path.name: write(self.path, self.parts, False)}
+
+
+@dataclass(frozen=True, slots=True)
+class FolderJob:
+    """All shares are in `folder`: with its table and the checksums of all of it, it becomes the checkpoint `path`."""
+
+    path: Path
+    folder: Path
+    table: tuple[str, bytes]
+    checksums: dict[str, str]
+    keep: Keep
+
+    def do(self, write: Write) -> dict[str, str]:
+        """Do it; it may have been begun before."""
+        if self.folder.exists():
+            name, content = self.table
+            checksums = {**self.checksums, name: write(self.folder / name, [content], False)}
+            write(self.folder / CHECKSUMS, [json.dumps(checksums, indent=1).encode()], False)
+            replace_directory(self.folder, self.path)
+        finish(self.path, self.keep)
+        return {}
+
+
+AnyJob = Job | ShareJob | FolderJob
 
 
 def finish(path: Path, keep: Keep) -> None:
@@ -36,25 +96,33 @@ def finish(path: Path, keep: Keep) -> None:
     prune(path.parent, keep)
 
 
-def write(job: Job, shared: int) -> str | None:
-    """Do `job`, whose parts lie in the memory of the descriptor `shared`; returns what kept it from being done."""
-    try:
+def perform(job: AnyJob, shared: int | None = None) -> Outcome:
+    """Do `job`, parts of which may lie in the memory of the descriptor `shared`."""
+
+    def write(path: Path, parts: Sequence[Part], seal: bool) -> str:
+        if shared is None or all(isinstance(part, bytes) for part in parts):
+            return write_archive(path, [part for part in parts if isinstance(part, bytes)], seal)
         with mmap.mmap(shared, 0, prot=mmap.PROT_READ) as memory, memoryview(memory) as whole:
-            views = []
+            views = [part if isinstance(part, bytes) else whole[part[0] : part[0] + part[1]] for part in parts]
             try:
-                for part in job.parts:
-                    views.append(part if isinstance(part, bytes) else whole[part[0] : part[0] + part[1]])
-                write_archive(job.path, views)
+                return write_archive(path, views, seal)
             finally:
                 for view in views:
                     if isinstance(view, memoryview):
                         view.release()
-        finish(job.path, job.keep)
+
+    try:
+        return Outcome(job.path, job.do(write))
     except UserError as error:
-        return str(error)
+        return _failed(job, str(error))
     except OSError as error:
-        return f"Could not write {job.path}: {error.strerror or error}."
-    return None
+        return _failed(job, f"Could not write {job.path}: {error.strerror or error}.")
+
+
+def _failed(job: AnyJob, error: str) -> Outcome:
+    if isinstance(job, FolderJob):
+        shutil.rmtree(job.folder, ignore_errors=True)
+    return Outcome(job.path, error=error)
 
 
 def main() -> None:
@@ -64,7 +132,7 @@ def main() -> None:
     with Connection(int(sys.argv[1])) as run:
         while True:
             try:
-                job: Job = run.recv()
-                run.send(write(job, shared))
+                job: AnyJob = run.recv()
+                run.send(perform(job, shared))
             except (EOFError, ConnectionError):
                 return
