@@ -2,7 +2,8 @@
 
 A split (`train`, `val`) is one or more flat little-endian arrays of token ids without a header, every document followed
 by its end-of-text id. Beside each `.bin` lies its `.index`: little-endian uint64, the end of every document in that
-file. `manifest.json`, written last, says what they hold.
+file; and where there are several sources, `.sources`: little-endian uint16, the place of every document's source in the
+manifest's `sources`. `manifest.json`, written last, says what they hold.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from data.funnel import Funnel
 
 MANIFEST = "manifest.json"
 INDEX_DTYPE = np.dtype("<u8")
+SOURCE_DTYPE = np.dtype("<u2")
 REDO = "Run python data/preprocess.py"
 
 Split = Literal["train", "val"]
@@ -31,7 +33,7 @@ TokenArray = NDArray[np.uint16] | NDArray[np.uint32]
 
 
 class TokenFile(BaseModel):
-    """One `.bin` and its `.index`."""
+    """One `.bin`, its `.index`, and its `.sources` if it has them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,11 +43,23 @@ class TokenFile(BaseModel):
     bytes: int
     sha256: str
     index_sha256: str
+    sources_sha256: str | None = None
 
     @property
     def index_name(self) -> str:
         """Name of the file of document ends."""
         return str(Path(self.name).with_suffix(".index"))
+
+    @property
+    def sources_name(self) -> str:
+        """Name of the file of the documents' sources."""
+        return str(Path(self.name).with_suffix(".sources"))
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The names of all its files, and the SHA-256 of each."""
+        sources = {} if self.sources_sha256 is None else {self.sources_name: self.sources_sha256}
+        return {self.name: self.sha256, self.index_name: self.index_sha256, **sources}
 
 
 class TokenCount(BaseModel):
@@ -132,6 +146,8 @@ def check_sizes(tokens_dir: Path, manifest: TokensManifest) -> None:
         for file in files:
             _check_size(tokens_dir / file.name, file.tokens * itemsize)
             _check_size(tokens_dir / file.index_name, file.documents * INDEX_DTYPE.itemsize)
+            if file.sources_sha256 is not None:
+                _check_size(tokens_dir / file.sources_name, file.documents * SOURCE_DTYPE.itemsize)
 
 
 def check_tokens(manifest: TokensManifest, tokenizer_fingerprint: str, vocab_size: int) -> None:
@@ -191,10 +207,18 @@ class TokenFiles:
             ends.append(_map(self.directory / file.index_name, file.documents, INDEX_DTYPE) + np.uint64(offset))
         return np.concatenate(ends)
 
+    @cached_property
+    def document_sources(self) -> NDArray[np.uint16] | None:
+        """The place of every document's source in `manifest.sources`, shape (documents,); None where not known."""
+        if any(file.sources_sha256 is None for file in self.files):
+            return None
+        parts = [_map(self.directory / file.sources_name, file.documents, SOURCE_DTYPE) for file in self.files]
+        return np.concatenate([np.empty(0, SOURCE_DTYPE), *parts])
+
     def verify(self) -> None:
         """Read every file and compare its SHA-256 with the manifest's; `UserError` names the first that differs."""
         for file in self.files:
-            for name, expected in ((file.name, file.sha256), (file.index_name, file.index_sha256)):
+            for name, expected in file.parts.items():
                 with open(self.directory / name, "rb") as handle:
                     found = hashlib.file_digest(handle, "sha256").hexdigest()
                 if found != expected:

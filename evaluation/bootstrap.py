@@ -18,11 +18,16 @@ def ratio_interval(numerators: np.ndarray, denominators: np.ndarray, level: floa
     numerators, denominators = numerators[held], denominators[held]
     if len(denominators) < FEWEST_BLOCKS:
         return None
-    starts = np.linspace(0, len(denominators), min(len(denominators), _MOST_BLOCKS), endpoint=False).astype(np.int64)
-    numerators = np.add.reduceat(numerators, starts)
-    denominators = np.add.reduceat(denominators, starts)
-    blocks = len(starts)
+    numerators, denominators = joined(np.stack([numerators, denominators], axis=1)).T
+    blocks = len(denominators)
     drawn = np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), size=_RESAMPLES)
     ratios = (drawn @ numerators) / (drawn @ denominators)
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def joined(sums: np.ndarray) -> np.ndarray:
+    """`sums` `(blocks, ...)` with neighbours added up where there are more than a thousand of them."""
+    starts = np.linspace(0, len(sums), min(len(sums), _MOST_BLOCKS), endpoint=False).astype(np.int64)
+    found: np.ndarray = np.add.reduceat(sums, starts, axis=0)
+    return found

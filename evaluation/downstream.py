@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +46,8 @@ class TaskResult:
     """The group it was run as a part of."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What else there is to say of how it was measured."""
+    note: str = ""
+    """What a reader of the table must know."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -71,7 +72,6 @@ def run_tasks(
     """
     from lm_eval.evaluator import evaluate
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     random.seed(_PYTHON_SEED)
     np.random.seed(_NUMPY_SEED)
     for task in tasks["tasks"].values():
@@ -81,7 +81,10 @@ def run_tasks(
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     found = evaluate(lm=model, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     assert found is not None
-    return list(_results(found))
+    results = list(_results(found))
+    groups = [one for one in results if one.fingerprint is None]
+    alone = [one for one in results if one.fingerprint is not None and one.group is None]
+    return alone + [each for one in groups for each in (one, *(part for part in results if part.group == one.name))]
 
 
 def _results(found: Any) -> Iterator[TaskResult]:
@@ -122,7 +125,7 @@ def _metric(value: float, outcomes: Sequence[Any]) -> Metric:
     for form in (lambda x: x, lambda x: -x / math.log(2), lambda x: math.exp(min(-x, 700.0))):
         if math.isclose(form(mean), value, rel_tol=1e-9, abs_tol=1e-12):
             low_high = None if interval is None else tuple(sorted(map(form, interval)))
-            return Metric(value, low_high, documents)  # type: ignore[arg-type]
+            return Metric(value, low_high, documents)
     return Metric(value)
 
 
@@ -156,8 +159,13 @@ def print_results(results: Sequence[TaskResult], title: str) -> None:
         for name, metric in result.metrics.items():
             interval = "" if metric.interval is None else f"{metric.interval[0]:.4f} to {metric.interval[1]:.4f}"
             label = ("  " if result.group else "") + result.name if first else ""
-            counts = (f"{result.documents:,}" if result.documents else "", str(result.fewshot or 0)) if first else ("", "")
+            counts = (
+                (f"{result.documents:,}" if result.documents else "", str(result.fewshot or 0)) if first else ("", "")
+            )
             table.add_row(label, name, f"{metric.value:.4f}", interval, *counts)
             first = False
     print(title)
     table_console().print(table)
+    for result in results:
+        if result.note:
+            print(result.note)

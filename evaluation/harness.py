@@ -16,15 +16,13 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from config.errors import UserError
-from evaluation.likelihood import Likelihood, common_length
+from evaluation.likelihood import Score, common_length
 
 if TYPE_CHECKING:
     from data.tokenization import Tokenizer
 
 _MAX_NEW_TOKENS = 256  # where a task does not say; the harness's own default
 _KNOWN = {"do_sample", "temperature", "top_k", "top_p", "min_p"}
-
-Score = Callable[[Sequence[tuple[list[int], list[int]]]], list[Likelihood]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return found
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        return [tuple(one) for one in self._score([(context, target) for _, context, target in requests])]
+        return [
+            (one.logarithm, one.greedy) for one in self._score([(context, target) for _, context, target in requests])
+        ]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood of whole texts, each read through windows that overlap as little as may be."""

@@ -33,6 +33,10 @@ class Likelihood(NamedTuple):
     greedy: bool
 
 
+Score = Callable[[Sequence[tuple[Ids, Ids]]], list[Likelihood]]
+"""`likelihoods` of a certain model, whatever the number of processes."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Group:
     """Continuations of one context: their places in the list that was asked for, and their tokens."""
@@ -137,7 +141,7 @@ def _batches(groups: Sequence[_Group], model: Transformer, most_rows: int) -> It
 
 
 def _score(model: Transformer, groups: Sequence[_Group]) -> Tensor:
-    """`(continuations, 2)` float32 in the order of `groups`: the log-likelihood, and 1 where it is the greedy choice."""
+    """`(continuations, 2)` float32, in the order of `groups`: log-likelihood, and 1 where greedy decoding agrees."""
     device = model.output_weight.device
     owners = [number for number, group in enumerate(groups) for _ in group.targets]
     targets = [target for group in groups for target in group.targets]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from config.files import write_text
+from evaluation.bootstrap import joined
 from evaluation.perplexity import Evaluation
 
+BLOCKS = ("loss", "tokens", "text_loss", "bytes")
+"""The columns of `Evaluation.block_sums`, as a report calls them."""
 
-def print_table(evaluation: Evaluation, title: str) -> None:
-    """The figures with their 95 % intervals, on standard output."""
-    from rich.console import Console
+
+def print_table(evaluation: Evaluation, title: str, sources: Mapping[str, Evaluation] | None = None) -> None:
+    """The figures with their 95 % intervals, on standard output, and the main ones of each source."""
     from rich.table import Table
+
+    from config.command import table_console
 
     table = Table()
     table.add_column("")
@@ -28,19 +32,28 @@ def print_table(evaluation: Evaluation, title: str) -> None:
     if evaluation.bytes is not None:
         table.add_row("bytes they stand for", f"{evaluation.bytes:,}", "")
     print(title)
-    Console().print(table)
+    table_console().print(table)
+    if not sources:
+        return
+    table = Table()
+    for column in ("source", "tokens", "loss", "95 % interval", "bits per byte", "95 % interval"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for name, found in sources.items():
+        bits = "" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
+        intervals = [_interval(interval, 4) for interval in (found.loss_interval, found.bits_per_byte_interval)]
+        table.add_row(name, f"{found.tokens:,}", f"{found.loss:.4f}", intervals[0], bits, intervals[1])
+    table_console().print(table)
 
 
-def to_json(evaluation: Evaluation, about: dict[str, Any]) -> str:
-    """`about` (what was evaluated, and how) and the figures, as indented JSON."""
-    return json.dumps({**about, **evaluation.to_dict()}, indent=2, ensure_ascii=False) + "\n"
-
-
-def save_report(text: str, run_dir: Path | None, checkpoint: Path, name: str) -> Path:
-    """Write `text` as `name` into the run's folder, or beside the checkpoint where there is no such folder."""
-    path = (run_dir if run_dir is not None and run_dir.is_dir() else checkpoint.parent) / name
-    write_text(path, text)
-    return path
+def to_json(evaluation: Evaluation, about: dict[str, Any], sources: Mapping[str, Evaluation] | None = None) -> str:
+    """`about` (what was evaluated, and how), the figures, and what the bootstrap draws from, as indented JSON."""
+    parts = {"sources": {name: found.to_dict() for name, found in sources.items()}} if sources else {}
+    whole = json.dumps({**about, **evaluation.to_dict(), **parts, "blocks": None}, indent=2, ensure_ascii=False)
+    blocks = {
+        name: [round(value, 4) for value in column]
+        for name, column in zip(BLOCKS, joined(evaluation.block_sums).T.tolist(), strict=True)
+    }
+    return whole.replace('"blocks": null', f'"blocks": {json.dumps(blocks)}') + "\n"
 
 
 def _interval(interval: tuple[float, float] | None, digits: int) -> str:

@@ -1,39 +1,73 @@
-"""Command: how well a checkpoint predicts held-out text."""
+"""Command: how good a checkpoint is, on held-out text or in tasks."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from config.command import Overrides, PrintConfig, Recipe, progress, resolve, run
 from config.errors import UserError
-from config.files import local
 
 if TYPE_CHECKING:
     from config.schema import Config
     from data.tokenization import Tokenizer
-    from data.tokens import TokenFiles
+    from evaluation.downstream import TaskResult
+    from evaluation.harness import Writing
+    from evaluation.held_out import HeldOut
+    from evaluation.judged import Judged
+    from evaluation.likelihood import Ids, Likelihood
     from evaluation.perplexity import Evaluation
-    from model.checkpoint import CheckpointInfo
-    from model.transformer import Transformer
     from training.distributed import Process
-    from training.precision import Precision
+
+CORE = "core"
+SLOTS = 16  # texts that are written at once
 
 Checkpoint = Annotated[
     str, typer.Option("--checkpoint", metavar="PATH|latest", help="A checkpoint, a folder of them, or the latest.")
 ]
 Text = Annotated[
-    Path | None, typer.Option("--text", metavar="FILE", help="Any UTF-8 text file, instead of the validation tokens.")
+    list[Path] | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Any UTF-8 text file, instead of the validation tokens; may be given " "several times.",
+    ),
 ]
+Source = Annotated[
+    str | None,
+    typer.Option("--source", metavar="NAME", help="A source of data.sources instead, such as a data set of the hub."),
+]
+MaxTokens = Annotated[int, typer.Option(min=2, help="With --source: so many tokens of it, from its beginning.")]
 Stride = Annotated[
     int | None,
     typer.Option(min=1, help="Targets from one window to the next: the smaller, the more context, and the slower."),
 ]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Windows per forward pass; changes the speed alone.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        metavar="NAME,...",
+        help="Tasks of lm-eval instead, such as hellaswag,arc_easy; quern: those of the project, which need no "
+        "network; core: the CORE score.",
+    ),
+]
+IncludePath = Annotated[
+    list[Path] | None, typer.Option("--include-path", metavar="FOLDER", help="A folder of task files of your own.")
+]
+Fewshot = Annotated[int | None, typer.Option(min=0, help="Solved examples before each question, where a task allows.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many questions of each task.")]
+CoreFiles = Annotated[
+    Path | None, typer.Option("--core-files", metavar="FOLDER", help="With --tasks core: DCLM's evaluation bundle.")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Windows, or answers, per forward pass; changes the speed alone.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 
 
@@ -41,38 +75,103 @@ def evaluate(
     overrides: Overrides = None,
     checkpoint: Checkpoint = "latest",
     text: Text = None,
+    source: Source = None,
+    max_tokens: MaxTokens = 1_000_000,
     stride: Stride = None,
+    tasks: Tasks = None,
+    include_path: IncludePath = None,
+    fewshot: Fewshot = None,
+    limit: Limit = None,
+    core_files: CoreFiles = None,
     batch_size: BatchSize = None,
     as_json: Json = False,
     recipe: Recipe = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Measure how well a checkpoint predicts the validation tokens, or any text file.
+    """Measure a checkpoint on the validation tokens, on any other text, or in tasks.
 
-    Gives loss, perplexity and bits per byte. Every token but the first is scored
+    On text: loss, perplexity and bits per byte. Every token but the first is scored
     once, with at least `context - stride` tokens before it; by default the stride is
     half the context. The result also goes to evaluation.json in the run's folder.
+
+    With --tasks: accuracies and the like, and into tasks.json in the run's folder.
     """
     config = resolve(recipe, overrides, print_config)
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    for_text = {"--text": text, "--source": source, "--stride": stride}
+    for_tasks = {"--include-path": include_path, "--fewshot": fewshot, "--limit": limit, "--core-files": core_files}
+    _refuse_mixture(for_text if names else for_tasks, bool(names))
+    if text and source:
+        raise UserError("--text and --source are two different texts. Give one of them.")
     from training.environment import calm_threads
 
     calm_threads()
+    from training.distributed import open_process
+
+    if names:
+        _check_tasks(names, include_path or [], core_files)
+    with open_process(config.training.device) as process:
+        judged = _open(checkpoint, config, process, batch_size)
+        if names:
+            results = _in_tasks(judged, names, include_path or [], core_files, fewshot, limit)
+            if process.is_main:
+                _report_tasks(results, judged, {"limit": limit}, as_json)
+            return
+        stride = _stride(stride, judged.model.config.context_length)
+        held_out = _held_out(text, source, max_tokens, config, judged.tokenizer)
+        bars = progress()
+        bar = bars.add_task("Evaluating", total=len(held_out.tokens) - 1)
+        with bars if process.is_main else nullcontext():
+            found = judged.on_text(held_out, stride, lambda targets: bars.advance(bar, targets))
+        if process.is_main:
+            _report(found, judged, held_out, stride, _file_name(text, source), as_json)
+
+
+def _refuse_mixture(options: Mapping[str, Any], tasks: bool) -> None:
+    for option, value in options.items():
+        if value is not None:
+            other = "is for text, and does not go with --tasks" if tasks else "goes with --tasks, such as --tasks quern"
+            raise UserError(f"{option} {other}.")
+
+
+def _check_tasks(names: Sequence[str], folders: Sequence[Path], core_files: Path | None) -> None:
+    """What can be known to be wrong before the checkpoint is read."""
+    from evaluation.task_names import check_names
+
+    check_names([name for name in names if name != CORE], folders)
+    if (CORE in names) != (core_files is not None):
+        raise UserError(
+            "--tasks core and --core-files go together: the folder is DCLM's evaluation bundle, which "
+            "docs/evaluation.md says where to get."
+        )
+    if core_files is not None:
+        from evaluation.core import read_bundle
+
+        read_bundle(core_files)
+
+
+def _open(checkpoint: str, config: Config, process: Process, batch_size: int | None) -> Judged:
     from data.tokenization.matching import matching_tokenizer
+    from evaluation.judged import Judged
     from model.checkpoint import load_model
     from model.checkpoint_folder import resolve_checkpoint
-    from training.distributed import open_process
     from training.precision import Precision
 
     path = resolve_checkpoint(checkpoint, Path(config.training.checkpoint_dir))
-    with open_process(config.training.device) as process:
-        model, info = load_model(path, process.device)
-        places = [config.data.tokenizer_dir, info.config["data"]["tokenizer_dir"]]
-        tokenizer = matching_tokenizer(info.tokenizer_fingerprint, [Path(place) for place in places])
-        stride = _stride(stride, model.config.context_length)
-        precision = Precision(config.training.precision, process.device)
-        found = _evaluate(config, process, precision, model, info, tokenizer, text, stride, batch_size)
-        if process.is_main:
-            _report(found, config, model, info, text, stride, precision.name, as_json)
+    model, info = load_model(path, process.device)
+    places = [config.data.tokenizer_dir, info.config["data"]["tokenizer_dir"]]
+    precision = Precision(config.training.precision, process.device)
+    return Judged(
+        model=model,
+        info=info,
+        tokenizer=matching_tokenizer(info.tokenizer_fingerprint, [Path(place) for place in places]),
+        precision=precision.name,
+        autocast=precision.dtype if precision.mixed else None,
+        runs_dir=Path(config.training.runs_dir),
+        batch_size=batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
 
 
 def _stride(stride: int | None, context_length: int) -> int:
@@ -83,88 +182,116 @@ def _stride(stride: int | None, context_length: int) -> int:
     return stride or max(1, context_length // 2)
 
 
-def _evaluate(
-    config: Config,
-    process: Process,
-    precision: Precision,
-    model: Transformer,
-    info: CheckpointInfo,
-    tokenizer: Tokenizer,
-    text: Path | None,
-    stride: int,
-    batch_size: int | None,
-) -> Evaluation:
-    from evaluation.bootstrap import FEWEST_BLOCKS
-    from evaluation.perplexity import default_batch_size, evaluate_tokens
-    from evaluation.text import read_text_tokens
+def _held_out(
+    text: Sequence[Path] | None, source: str | None, max_tokens: int, config: Config, tokenizer: Tokenizer
+) -> HeldOut:
+    from evaluation.held_out import source_documents, text_files, validation_split
 
-    files = None if text is not None else _validation_tokens(config, tokenizer)
-    tokens = read_text_tokens(text, tokenizer) if text is not None else files
-    assert tokens is not None
-    context = model.config.context_length
+    if source is not None:
+        return source_documents(source, config.data, tokenizer, max_tokens)
+    return text_files(text, tokenizer) if text else validation_split(config.data, tokenizer)
+
+
+def _file_name(text: Sequence[Path] | None, source: str | None) -> str:
+    what = source or "-".join(path.stem for path in text or [])
+    return f"evaluation-{what[:100]}.json" if what else "evaluation.json"
+
+
+def _in_tasks(
+    judged: Judged,
+    names: Sequence[str],
+    folders: Sequence[Path],
+    core_files: Path | None,
+    fewshot: int | None,
+    limit: int | None,
+) -> list[TaskResult]:
+    from evaluation.core import read_bundle, run_core
+    from evaluation.downstream import run_tasks
+    from evaluation.harness import HarnessModel
+    from evaluation.task_names import find_tasks, question_settings
+
     bars = progress()
-    task = bars.add_task("Evaluating", total=len(tokens) - 1)
-    with bars if process.is_main else nullcontext():
-        return evaluate_tokens(
-            model,
-            tokens,
-            context_length=context,
-            stride=stride,
-            batch_size=batch_size or default_batch_size(context, tokenizer.vocab_size, process.device),
-            device=process.device,
-            token_bytes=tokenizer.token_bytes(),
-            block_ends=files.document_ends if files is not None and len(files.document_ends) >= FEWEST_BLOCKS else None,
-            document_ends=files.document_ends if files is not None and info.masked else None,
-            rank=process.rank,
-            world_size=process.world_size,
-            autocast=precision.dtype if precision.mixed else None,
-            advance=lambda targets: bars.advance(task, targets * process.world_size),
+
+    def score(pairs: Sequence[tuple[Ids, Ids]]) -> list[Likelihood]:
+        bar = bars.add_task("Scoring answers", total=len(pairs))
+        found = judged.score(pairs, lambda done: bars.advance(bar, done))
+        bars.remove_task(bar)
+        return found
+
+    results: list[TaskResult] = []
+    with bars if judged.rank == 0 else nullcontext():
+        if others := [name for name in names if name != CORE]:
+            tasks = find_tasks(others, folders, **question_settings(judged.info.config["data"]))
+            model = HarnessModel(judged.tokenizer, judged.model.config.context_length, score, partial(_write, judged))
+            results += run_tasks(model, tasks, fewshot=fewshot, limit=limit)
+        if core_files is not None:
+            results += run_core(read_bundle(core_files, limit), judged.tokenizer, score)
+    return results
+
+
+def _write(judged: Judged, writings: Sequence[Writing]) -> list[str]:
+    """The texts that a task asks to be written, each process writing its share."""
+    import torch
+
+    from inference.engine import Engine, Request
+    from inference.sampling import SamplingSettings
+
+    numbers = range(judged.rank, len(writings), judged.world_size)
+    requests = [
+        Request(
+            one.prompt,
+            one.max_new_tokens,
+            SamplingSettings(one.temperature, one.top_k, one.top_p, one.min_p),
+            stop=one.stop,
         )
+        for one in (writings[number] for number in numbers)
+    ]
+    texts = [""] * len(writings)
+    device = judged.model.output_weight.device.type
+    with torch.autocast(device, dtype=judged.autocast, enabled=judged.autocast is not None):
+        for piece in Engine(judged.model, judged.tokenizer, judged.batch_size or SLOTS).generate(requests):
+            texts[numbers[piece.sequence]] += piece.text
+    if judged.world_size == 1:
+        return texts
+    gathered: list[list[str]] = [[]] * judged.world_size
+    torch.distributed.all_gather_object(gathered, texts)
+    return [gathered[number % judged.world_size][number] for number in range(len(texts))]
 
 
-def _validation_tokens(config: Config, tokenizer: Tokenizer) -> TokenFiles:
-    from data.tokens import TokenFiles, check_tokens
+def _report_tasks(results: Sequence[TaskResult], judged: Judged, how: Mapping[str, Any], as_json: bool) -> None:
+    import json
 
-    files = TokenFiles(local(config.data.tokens_dir, "data.tokens_dir"), "val")
-    check_tokens(files.manifest, tokenizer.fingerprint, tokenizer.vocab_size)
-    if len(files) < 2:
-        raise UserError(
-            f"{config.data.tokens_dir} holds no validation text. Preprocess with a higher "
-            "data.preprocess.validation_fraction, or evaluate on a file with --text."
-        )
-    return files
+    from evaluation.downstream import print_results, save_results
+
+    about = {**judged.about, **how}
+    written = save_results(results, judged.folder, about)
+    if as_json:
+        print(json.dumps({one.name: {**about, **one.to_dict()} for one in results}, indent=1, ensure_ascii=False))
+    else:
+        print_results(results, f"{judged.info.path} (step {judged.info.step:,})")
+    where = sys.stderr if as_json else sys.stdout
+    print(f"Written to {written}. Next: python scripts/compare.py {judged.folder} ANOTHER_RUN", file=where)
 
 
-def _report(
-    found: Evaluation,
-    config: Config,
-    model: Transformer,
-    info: CheckpointInfo,
-    text: Path | None,
-    stride: int,
-    precision: str,
-    as_json: bool,
-) -> None:
-    from evaluation.report import print_table, save_report, to_json
+def _report(found: Evaluation, judged: Judged, held_out: HeldOut, stride: int, file_name: str, as_json: bool) -> None:
+    from config.files import write_text
+    from evaluation.report import print_table, to_json
 
-    what = str(text) if text is not None else str(Path(config.data.tokens_dir) / "val.bin")
+    context_length = judged.model.config.context_length
     about = {
-        "checkpoint": str(info.path),
-        "step": info.step,
-        "text": what,
-        "context_length": model.config.context_length,
+        **judged.about,
+        "text": held_out.name,
+        "context_length": context_length,
         "stride": stride,
-        "precision": precision,
-        "tokenizer_fingerprint": info.tokenizer_fingerprint,
+        "tokenizer_fingerprint": judged.info.tokenizer_fingerprint,
     }
-    report = to_json(found, about)
-    name = "evaluation.json" if text is None else f"evaluation-{text.stem}.json"
-    run_dir = Path(config.training.runs_dir) / info.run_name if info.run_name else None
-    written = save_report(report, run_dir, info.path, name)
+    sources = held_out.by_source(found, context_length)
+    report, written = to_json(found, about, sources), judged.folder / file_name
+    write_text(written, report)
     if as_json:
         print(report, end="")
     else:
-        print_table(found, f"{info.path} (step {info.step:,}) on {what}")
+        print_table(found, f"{judged.info.path} (step {judged.info.step:,}) on {held_out.name}", sources)
     where = sys.stderr if as_json else sys.stdout
     print(f'Written to {written}. Next: python scripts/generate.py --prompt "The future of AI is"', file=where)
 

@@ -304,7 +304,7 @@ def test_a_text_file_is_scored_to_the_last_byte(workspace: Workspace, capsys: py
     text = "A text of its own, mit Umlauten äöü und 😀.\n" * 20
     path = workspace.folder / "own.txt"
     path.write_bytes(text.encode())
-    eval_command(overrides=[*EXACT, "training.runs_dir=elsewhere"], text=path, stride=8, batch_size=3, as_json=True)
+    eval_command(overrides=[*EXACT, "training.runs_dir=elsewhere"], text=[path], stride=8, batch_size=3, as_json=True)
     printed = capsys.readouterr()
     saved = json.loads(printed.out)
     ids = workspace.tokenizer.encode(text)
@@ -337,9 +337,9 @@ def test_two_processes_find_what_one_does(workspace: Workspace) -> None:
     ("options", "message"),
     [
         ({"stride": 33}, "would skip tokens: the model sees 32"),
-        ({"text": Path("nowhere.txt")}, "nowhere.txt is not a file"),
-        ({"text": Path("empty.txt")}, "empty.txt is empty"),
-        ({"text": Path("latin.txt")}, "not UTF-8"),
+        ({"text": [Path("nowhere.txt")]}, "nowhere.txt is not a file"),
+        ({"text": [Path("empty.txt")]}, "empty.txt is empty"),
+        ({"text": [Path("latin.txt")]}, "not UTF-8"),
         ({"checkpoint": "nowhere.pt"}, "no checkpoint nowhere.pt"),
         ({"overrides": ["training.checkpoint_dir=nowhere"]}, "python scripts/train.py"),
         ({"overrides": ["data.tokens_dir=nowhere"]}, "python data/preprocess.py"),

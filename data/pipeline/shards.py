@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from config.files import atomic_write
 from data.pipeline.batches import BATCH_BYTES
 from data.tokenization.protocol import Tokenizer
-from data.tokens import INDEX_DTYPE, Split, TokenFile
+from data.tokens import INDEX_DTYPE, SOURCE_DTYPE, Split, TokenFile
 
 COPY_BYTES = 4 << 20
 TABLE = np.dtype([("tokens", "<u8"), ("bytes", "<u8"), ("source", "<u2"), ("split", "<u8")])
@@ -164,9 +164,9 @@ def plan_files(shards: Sequence[Path], split: Split, passes: Passes, max_file_to
 
 
 def assemble(plan: FilePlan, folder: Path, itemsize: int, advance: Callable[[int], None]) -> TokenFile:
-    """Write one `.bin` and its `.index` into `folder`, hashing as it goes."""
+    """Write one `.bin`, its `.index` and, of several sources, its `.sources` into `folder`, hashing as it goes."""
     digest = hashlib.sha256()
-    lengths = [np.empty(0, np.int64)]
+    lengths, origins = [np.empty(0, np.int64)], [np.empty(0, SOURCE_DTYPE)]
     size = 0
     with atomic_write(folder / plan.name) as output:
         for piece in plan.pieces:
@@ -179,12 +179,17 @@ def assemble(plan: FilePlan, folder: Path, itemsize: int, advance: Callable[[int
                     count = int(ends[run[-1]]) - start
                     _copy(tokens, start * itemsize, count * itemsize, output.write, digest.update)
             lengths.append(table["tokens"][documents].astype(np.int64))
+            origins.append(table["source"][documents])
             size += int(table["bytes"][documents].sum())
             advance(len(documents))
     ends_in_file = np.cumsum(np.concatenate(lengths), dtype=np.int64)
     index = ends_in_file.astype(INDEX_DTYPE).tobytes()
     with atomic_write((folder / plan.name).with_suffix(".index")) as output:
         output.write(index)
+    sources = np.concatenate(origins).astype(SOURCE_DTYPE).tobytes() if len(plan.passes.whole) > 1 else None
+    if sources is not None:
+        with atomic_write((folder / plan.name).with_suffix(".sources")) as output:
+            output.write(sources)
     return TokenFile(
         name=plan.name,
         tokens=int(ends_in_file[-1]) if len(ends_in_file) else 0,
@@ -192,6 +197,7 @@ def assemble(plan: FilePlan, folder: Path, itemsize: int, advance: Callable[[int
         bytes=size,
         sha256=digest.hexdigest(),
         index_sha256=hashlib.sha256(index).hexdigest(),
+        sources_sha256=None if sources is None else hashlib.sha256(sources).hexdigest(),
     )
 
 

@@ -232,7 +232,7 @@ class Work:
     def _publish(self, manifest: TokensManifest, surveys: dict[str, Survey]) -> None:
         """Complete the output folder: nothing in it but what belongs there, and the manifest last."""
         output = self.folder / OUTPUT
-        wanted = {name for files in manifest.splits.values() for file in files for name in (file.name, file.index_name)}
+        wanted = {name for files in manifest.splits.values() for file in files for name in file.parts}
         for path in output.iterdir():
             if path.name not in wanted:
                 path.unlink()

@@ -17,7 +17,7 @@ from pathlib import Path
 from config.errors import UserError
 from config.sources import SampleSourceConfig
 from data.documents import BadRecord
-from data.formats.rows import Fault
+from data.formats.rows import Fault, Row
 from data.manifest import RawManifest
 from data.sources import Job
 
@@ -45,7 +45,6 @@ def revision(name: str, config: SampleSourceConfig) -> str:
 
 def download(name: str, config: SampleSourceConfig, folder: Path, job: Job) -> RawManifest:
     """Copy the running interpreter's standard library and language reference into `folder` as documents."""
-    from data.formats import read_rows
     from data.store import DocumentWriter, empty_folder
 
     empty_folder(folder)
@@ -56,9 +55,7 @@ def download(name: str, config: SampleSourceConfig, folder: Path, job: Job) -> R
     with DocumentWriter(folder, name) as writer:
         for path in modules:
             position = f"stdlib/{path.relative_to(library).as_posix()}"
-            with open(path, "rb") as file:
-                rows = list(read_rows(file, "module.txt", "text", document_bytes=sys.maxsize))
-            for row in rows:
+            for row in read_module(path):
                 if not isinstance(row, Fault):
                     writer.add(position, row.text, {"path": position})
                 elif row.reason != "empty":
@@ -84,6 +81,14 @@ def download(name: str, config: SampleSourceConfig, folder: Path, job: Job) -> R
         files=writer.files,
         quarantined=dict(writer.quarantine.counts),
     )
+
+
+def read_module(path: Path) -> list[Row | Fault]:
+    """The text of a module as one row, or what is wrong with it."""
+    from data.formats import read_rows
+
+    with open(path, "rb") as file:
+        return list(read_rows(file, "module.txt", "text", document_bytes=sys.maxsize))
 
 
 def standard_library(library: Path) -> list[Path]:
