@@ -15,6 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python data/preprocess.py --config $(RECIPE)
 	$(BIN)/python scripts/train.py --config $(RECIPE)
 	$(BIN)/python scripts/eval.py --config $(RECIPE)
+	$(BIN)/python scripts/eval.py --config $(RECIPE) --tasks quern
 	$(BIN)/python scripts/generate.py --config $(RECIPE) --prompt "The future of AI is"
 	$(BIN)/python scripts/report.py --config $(RECIPE)
 

@@ -33,6 +33,7 @@ class RunFiles:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     evaluation: dict[str, Any]
+    tasks: dict[str, Any]
     environment: list[dict[str, Any]]
 
     @property
@@ -56,6 +57,7 @@ def read_run(directory: Path) -> RunFiles:
         metrics=_json_lines(directory / "metrics.jsonl"),
         samples=_json_lines(directory / "samples.jsonl"),
         evaluation=_json(directory / "evaluation.json", {}),
+        tasks=_json(directory / "tasks.json", {}),
         environment=_json(directory / "environment.json", []),
     )
 
@@ -99,6 +101,11 @@ def write_report(run: RunFiles) -> Path:
         f"context {model['context_length']}, vocabulary {model['vocab_size']}",
         figures=figures(run),
         curves=base64.b64encode(run.curves.read_bytes()).decode() if run.curves.is_file() else None,
+        tasks=[
+            (name, metric, found["value"], found["interval"], one["documents"] or None, one["step"])
+            for name, one in run.tasks.items()
+            for metric, found in one["metrics"].items()
+        ],
         samples=_spread(run.samples, _MOST_SAMPLES),
         changes=_changes(run.config, run.recipe or load_config().model_dump()),
         changed_from="its recipe" if run.recipe else "the defaults that ship",

@@ -270,7 +270,7 @@ def _report_tasks(results: Sequence[TaskResult], judged: Judged, how: Mapping[st
     else:
         print_results(results, f"{judged.info.path} (step {judged.info.step:,})")
     where = sys.stderr if as_json else sys.stdout
-    print(f"Written to {written}. Next: python scripts/compare.py {judged.folder} ANOTHER_RUN", file=where)
+    print(f"Written to {written}. Next: python scripts/report.py", file=where)
 
 
 def _report(found: Evaluation, judged: Judged, held_out: HeldOut, stride: int, file_name: str, as_json: bool) -> None:

@@ -52,6 +52,7 @@ TYPED: dict[str, list[str]] = {
     "python scripts/train.py --resume latest": ["training.max_steps=12"],
     "python scripts/distributed_train.py --gpus 4": [*SMALL, "training.max_steps=8"],
     "python scripts/eval.py": [],
+    "python scripts/eval.py --tasks quern": ["--limit", "5"],
     'python scripts/generate.py --prompt "The future of AI is"': ["generation.max_new_tokens=8"],
     "python scripts/finetune.py --dataset path/to/custom_data.jsonl": [
         *[setting for setting in SMALL if not setting.startswith("model.")],
@@ -204,6 +205,9 @@ def test_the_road_from_raw_text_to_fine_tuned_answers(clone: Path) -> None:
     output, _ = type_in(clone, next(typed))
     assert "perplexity" in output
     assert proposed(output).startswith("python scripts/generate.py --prompt")
+    output, _ = type_in(clone, next(typed))
+    assert "quern_arithmetic" in output
+    assert proposed(output).startswith("python scripts/report.py")
     output, _ = type_in(clone, next(typed))
     assert output.startswith("The future of AI is")
     output, _ = type_in(clone, "python scripts/generate.py", "generation.max_new_tokens=8", standard_input="def add(\n")

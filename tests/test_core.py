@@ -53,8 +53,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (bundle / "eval_data" / task["dataset_uri"]).write_text(text)
     (bundle / "core.yaml").write_text(json.dumps({"icl_tasks": TASKS}))
-    rows = ["Eval Task,Task Category,Random baseline", *(f"{name},some,{value}" for name, value in BASELINE.items())]
-    (bundle / "eval_meta_data.csv").write_text("\n".join(rows) + "\n")
+    chance = "".join(f"{name},some,{value}\n" for name, value in BASELINE.items())
+    (bundle / "eval_meta_data.csv").write_text("Eval Task,Task Category,Random baseline\n" + chance)
     return workspace
 
 
@@ -100,8 +100,9 @@ def plain(workspace: Workspace, task: dict[str, Any]) -> list[bool]:
             before = "".join(f"{one['context'].strip()}{between}{one['continuation']}\n\n" for one in shown)
             opening = f"{before}{row['context'].strip()}{between}"
             ids, _, greedy = losses(workspace, opening + row["continuation"])
-            whole = workspace.tokenizer.encode(opening + row["continuation"])
-            wanted = len(whole) - len(workspace.tokenizer.encode(opening.strip()))
+            wanted = len(workspace.tokenizer.encode(opening + row["continuation"])) - len(
+                workspace.tokenizer.encode(opening.strip())
+            )
             right.append(greedy[-wanted:].tolist() == ids[-wanted:])
     return right
 

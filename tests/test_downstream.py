@@ -313,3 +313,10 @@ def test_task_files_that_cannot_be_run_are_refused(
     (tmp_path / "own.yaml").write_text(change(WRITING.replace("FOLDER", str(folder / "tasks"))))
     with pytest.raises(UserError, match=message):
         run("own_writing", include_path=[tmp_path])
+
+
+def test_too_little_held_out_text_makes_no_questions() -> None:
+    from evaluation.tasks import build
+
+    with pytest.raises(UserError, match="validation_fraction of 0.01 or more"):
+        build.cloze(validation_fraction=0.0001)

@@ -83,3 +83,11 @@ def test_newest_run_is_the_one_written_last(tmp_path: Path) -> None:
     assert newest_run(tmp_path).name == "a"
     with pytest.raises(UserError, match="not the folder of a run"):
         read_run(tmp_path)
+
+
+def test_the_page_shows_what_was_reached_in_tasks(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first")
+    metrics = {"acc": {"value": 0.4375, "interval": [0.25, 0.625]}, "other": {"value": 2.5, "interval": None}}
+    (run / "tasks.json").write_text(json.dumps({"some_task": {"metrics": metrics, "documents": 32, "step": 1000}}))
+    words = " ".join(" ".join(Text(write_report(read_run(run)).read_text(encoding="utf-8")).words).split())
+    assert "some_task acc 0.4375 0.2500 to 0.6250 32 1,000" in words and "other 2.5000 32 1,000" in words

@@ -59,7 +59,7 @@ def _as_data(make: Callable[[Sequence[str], random.Random], list[Question]], set
     if len(questions) < _FEWEST:
         raise UserError(
             f"What the run holds out of the built-in corpus, {sum(map(len, texts)):,} characters, is too little to "
-            f"make questions of. Tasks of the project need a data.preprocess.validation_fraction of 0.02 or more."
+            f"make questions of. Tasks of the project need a data.preprocess.validation_fraction of 0.01 or more."
         )
     generator.shuffle(questions)
     return {"test": Dataset.from_list(questions[:QUESTIONS])}
