@@ -102,7 +102,7 @@ def run_core(tasks: Sequence[CoreTask], tokenizer: Tokenizer, score: Score) -> l
     """The CORE score and the accuracy of each task; `score` computes likelihoods."""
     results = [_run(task, tokenizer, score) for task in tasks]
     centered = [result.metrics["centered"].value for result in results]
-    whole = {CORE: Metric(sum(centered) / len(centered))}
+    whole = {"centered": Metric(sum(centered) / len(centered))}
     fingerprint = hashlib.sha256("".join(str(result.fingerprint) for result in results).encode()).hexdigest()[:16]
     documents = sum(result.documents for result in results)
     note = "" if len(tasks) == TASKS else f"These are {len(tasks)} of the {TASKS} tasks, so this is no CORE score yet."
@@ -123,11 +123,12 @@ def _run(task: CoreTask, tokenizer: Tokenizer, score: Score) -> TaskResult:
             right.append(float(losses.index(min(losses)) == gold))
     accuracy = sum(right) / len(right)
     interval = ratio_interval(np.array(right), np.ones(len(right)))
-    centered = (accuracy - task.baseline) / (1 - task.baseline)
+    way = [(one - task.baseline) / (1 - task.baseline) for one in right]
+    centered = sum(way) / len(way)
     text = json.dumps([task.kind, task.fewshot, task.delimiter, *task.items], sort_keys=True)
     return TaskResult(
         name=f"{CORE}/{task.label}",
-        metrics={"acc": Metric(accuracy, interval, right), "centered": Metric(centered)},
+        metrics={"acc": Metric(accuracy, interval, right), "centered": Metric(centered, None, way)},
         documents=len(right),
         fewshot=task.fewshot,
         fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -82,7 +81,6 @@ def _managed(folders: Sequence[Path], **metadata: Any) -> Any:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"--include-path {folder} is no folder. Give one that holds task files in YAML.")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness draws a bar for every task
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
