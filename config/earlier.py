@@ -32,6 +32,7 @@ BEFORE: dict[str, Any] = {
     },
     "generation": {
         "precision": "auto",
+        "quantize": "none",
     },
 }
 

@@ -149,6 +149,7 @@ class GenerationConfig(Section):
     seed: int | None
     num_samples: PositiveInt
     precision: Literal["auto", "fp32", "bf16", "fp16"]
+    quantize: Literal["none", "int8", "int4"]
 
 
 class Config(Section):

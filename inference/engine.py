@@ -9,8 +9,8 @@ A model sees at most `context_length` tokens. When a sequence grows past that, t
 a context at a time, and prefills the rest again. Where the window begins depends on the length alone, so a prompt that
 is too long is cut just as a text that became too long.
 
-What a sequence draws depends on its own tokens, settings and seed, not on what it is batched with (but for the rounding
-of matrix products, whose last bit may depend on the size of the batch).
+What a sequence draws depends on its own tokens, settings and seed, not on what it is batched with: on a CPU to the last
+bit, elsewhere but for the rounding of matrix products, which may depend on the size of the batch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from config.errors import UserError
+from inference.runners import BLOCK, Chunk, make_runner
 from inference.sampling import BatchSettings, SamplingSettings, as_int64, choose
 from inference.text import Detokenizer, StopStrings
 from model.cache import KVCache
@@ -31,8 +32,6 @@ from model.transformer import Transformer
 
 if TYPE_CHECKING:
     from data.tokenization import Tokenizer
-
-_EXTENT_STEP = 64  # attention looks at the cache in multiples of this many positions
 
 FinishReason = Literal["stop", "length"]
 
@@ -91,20 +90,22 @@ class _Composition:
 class Engine:
     """Runs up to `slots` sequences at once; further ones wait their turn.
 
-    The model must be in evaluation mode; its device and dtype are those of the cache.
+    The model must be in evaluation mode; its device and dtype are those of the cache. `computed_tokens` counts those
+    that went through it so far.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, slots: int = 1) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        weight = model.output_weight
-        self._device = weight.device
+        weight = model.token_embedding.weight
         # Sampling needs float64 and 64-bit integers, which Apple's GPUs lack.
         self._sampling_device = torch.device("cpu") if weight.device.type == "mps" else weight.device
         self._cache = KVCache(model.config, slots, device=weight.device, dtype=weight.dtype)
+        self._runner = make_runner(model, self._cache)
         self._running: list[_Sequence] = []
         self._waiting: deque[_Sequence] = deque()
         self._submitted = 0
+        self.computed_tokens = 0
         self._composition: _Composition | None = None
 
     @property
@@ -186,12 +187,11 @@ class Engine:
 
     def _decode(self) -> Tensor:
         """Logits `(running, vocab)` after the last token of every running sequence."""
-        cache = self._cache.rows(0, len(self._running))
-        longest = max(len(sequence.ids) - sequence.window_start for sequence in self._running)
-        cache.extent = min(cache.max_length, -(-longest // _EXTENT_STEP) * _EXTENT_STEP)
-        tokens = torch.tensor([[sequence.ids[-1]] for sequence in self._running], device=self._device)
-        logits: Tensor = self._model(tokens, cache=cache)[:, -1]
-        return logits
+        chunks = [
+            Chunk(row, len(sequence.ids) - sequence.window_start - 1, sequence.ids[-1:])
+            for row, sequence in enumerate(self._running)
+        ]
+        return self._run(chunks).clone()
 
     def _prefill(self, sequences: list[_Sequence]) -> Tensor:
         """Give `sequences` the next rows; fill these; return the logits `(sequences, vocab)` after each one's tokens.
@@ -206,19 +206,21 @@ class Engine:
         self._running += [group[0] for group in groups.values()]
         self._running += [sequence for group in groups.values() for sequence in group[1:]]
         sources = [place for place, group in enumerate(groups.values()) for _ in group[1:]]
-
-        lengths = [len(window) for window in groups]
-        padded = [window + (0,) * (max(lengths) - len(window)) for window in groups]
-        cache = self._cache.rows(first, first + unique)
-        cache.reset()
-        last = torch.tensor(lengths, device=self._device) - 1
-        logits = self._model.next_logits(torch.tensor(padded, device=self._device), cache, last)
-        cache.set_lengths(last + 1)
+        last = []
+        for row, window in enumerate(groups, first):
+            last.append(Chunk(row, (len(window) - 1) // BLOCK * BLOCK, window[(len(window) - 1) // BLOCK * BLOCK :]))
+            for start in range(0, last[-1].start, BLOCK):
+                self._run([Chunk(row, start, window[start : start + BLOCK])])
+        logits = self._run(last)
         if not bool(logits.isfinite().all()):
             raise UserError("The weights of this checkpoint give no numbers (NaN or infinity). Use an earlier one.")
         for row, source in enumerate(sources, first + unique):
             self._cache.copy_row(first + source, row)
         return torch.cat([logits, logits[sources]]) if sources else logits
+
+    def _run(self, chunks: Sequence[Chunk]) -> Tensor:
+        self.computed_tokens += sum(len(chunk.tokens) for chunk in chunks)
+        return self._runner.run(chunks)
 
     def _choose(self, logits: Tensor) -> list[int]:
         """The next token of every running sequence; the one place in a step that waits for the device."""

@@ -10,6 +10,7 @@ import torch
 
 from config.schema import Config
 from data.tokenization.matching import matching_tokenizer
+from inference.quantization import quantize_
 from model.checkpoint import CheckpointInfo, load_model
 from model.checkpoint_folder import resolve_checkpoint
 from model.devices import DTYPES, automatic_precision, choose_device
@@ -39,14 +40,15 @@ def load_for_generation(checkpoint: str, config: Config) -> Loaded:
 
     That is `training.device`, `training.checkpoint_dir` for the latest one, `data.tokenizer_dir` and
     `generation.precision`, whose `auto` is what the device is fast in on a GPU; on a CPU the weights stay as they were
-    saved, so that a seed gives the same text on every machine. Raises `UserError` where the checkpoint, its tokenizer
-    or the device is missing or unfit.
+    saved, so that a seed gives the same text; and `generation.quantize`. Raises `UserError` where the checkpoint, its
+    tokenizer or the device is missing or unfit.
     """
     path = resolve_checkpoint(checkpoint, Path(config.training.checkpoint_dir))
     device, precision = choose_device(config.training.device), config.generation.precision
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else automatic_precision(device)
     model, info = load_model(path, device, DTYPES[precision])
+    quantize_(model, config.generation.quantize)
     if device.type == "cpu" and model.num_parameters() < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
     places = [config.data.tokenizer_dir, info.config["data"]["tokenizer_dir"]]

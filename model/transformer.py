@@ -122,7 +122,8 @@ class Transformer(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits `(..., vocab_size)` of `hidden` `(..., d_model)`."""
-        return soft_capped(F.linear(hidden, self.output_weight)[..., : self._vocab_size], self.config.logit_soft_cap)
+        whole = F.linear(hidden, self.token_embedding.weight) if self.head is None else self.head(hidden)
+        return soft_capped(whole[..., : self._vocab_size], self.config.logit_soft_cap)
 
     def _hidden(self, tokens: Tensor, cache: KVCache | None, documents: Tensor | None = None) -> Tensor:
         """The normalised last residual stream `(batch, T, d_model)`."""

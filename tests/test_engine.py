@@ -102,24 +102,19 @@ def test_a_sequence_in_a_ragged_batch_equals_the_same_alone(requests: list[Reque
     assert run(requests, slots) == [run([request])[0] for request in requests]
 
 
+def computed(requests: Sequence[Request], slots: int) -> int:
+    engine = Engine(MODEL, TOKENIZER, slots)
+    list(engine.generate(requests))
+    return engine.computed_tokens
+
+
 def test_samples_of_one_prompt_share_its_prefill_and_nothing_else() -> None:
     sampling = SamplingSettings(temperature=1.5)
     requests = [Request(LONG[:9], 20, sampling, seed) for seed in range(4)] + [Request(LONG[:4], 20, sampling, 1)]
-    prompts = 0
-    model = MODEL
-
-    def count(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        nonlocal prompts
-        prompts += inputs[0].shape[0] if inputs[0].shape[1] > 1 else 0
-
-    handle = model.token_embedding.register_forward_pre_hook(count)
-    try:
-        together = run(requests, slots=5)
-    finally:
-        handle.remove()
-    assert prompts == 2
+    together = run(requests, slots=5)
     assert together == [run([request])[0] for request in requests]
     assert len({text for _, text, _ in together}) == 5
+    assert computed(requests, slots=5) == sum(computed([request], slots=1) for request in requests) - 3 * 9
 
 
 def test_requests_beyond_the_slots_wait_and_cancelled_ones_free_their_slot() -> None:

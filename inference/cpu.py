@@ -1,0 +1,205 @@
+"""A model made ready to be decoded on a CPU: where its weights lie, and the kernel that runs tokens through them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inference.crew import Crew
+from inference.decoding import Memory, Shape, Weights, step
+from inference.kernels import GELU, SQUARED_RELU, SWIGLU
+from inference.quantization import QuantizedLinear
+from model.cache import KVCache
+from model.loss import soft_capped
+from model.transformer import Transformer
+
+STORED = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8, torch.uint8: np.uint8}
+_ACTIVATIONS = {"gelu": GELU, "squared_relu": SQUARED_RELU, "swiglu": SWIGLU}
+_ALIGNED = 32  # columns: what the kernels multiply at once
+
+
+class CPUModel:
+    """Runs a `Transformer` in float32 or bfloat16, quantized or not, on a few tokens at a time.
+
+    Weights are used where they lie; norms, biases and scalars are copied.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        config = model.config
+        self._model = model
+        self._held: list[Tensor] = []  # what the addresses point into
+        self._threads = torch.get_num_threads()
+        self._crew = Crew(self._threads)
+        self._keys, self._values = _array(cache.keys), _array(cache.values)
+        self._vocab_size = cast(int, config.vocab_size)
+        self._shape = Shape(
+            config.n_heads,
+            config.kv_heads,
+            config.head_dim,
+            config.feed_forward_dim,
+            self._vocab_size,
+            _ACTIVATIONS[config.activation],
+            config.norm == "rmsnorm",
+            config.qk_norm,
+            config.norm_eps,
+        )
+        self._weights = self._gather()
+        self._memory = self._allocate(1)
+
+    @staticmethod
+    def takes(model: Transformer) -> bool:
+        """Whether the kernels can compute this model: on a CPU, whole, and of types and layers that they know."""
+        layers = [layer for block in model.blocks for layer in _layers(block) if layer is not None]
+        weights = [*model.parameters(), *model.buffers()]
+        return (
+            all(type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu" for weight in weights)
+            and all(isinstance(layer, (nn.Linear, QuantizedLinear)) for layer in layers)
+            and model.token_embedding.weight.dtype in (torch.float32, torch.bfloat16)
+        )
+
+    def run(
+        self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int], wanted: Sequence[int]
+    ) -> Tensor:
+        """Run `tokens[i]` at `positions[i]` of row `rows[i]` of the cache; see `decoding.step`.
+
+        Returns the float32 logits `(len(wanted), vocab_size)` after the tokens `wanted`; the next call overwrites them.
+        """
+        model, count = self._model, len(tokens)
+        if count > len(self._memory.x):
+            self._memory = self._allocate(1 << (count - 1).bit_length())
+        memory, ids, places = self._memory, torch.tensor(tokens), np.array(positions, np.int64)
+        embedding = F.embedding(ids, model.token_embedding.weight).float()
+        if model.position_embedding is not None:
+            embedding += model.position_embedding.weight[torch.from_numpy(places)]
+        memory.x[:count] = embedding.numpy()
+        if self._weights.residual_scales.size:
+            memory.embedding[:count] = memory.x[:count]
+        tables = [F.embedding(ids, cast(Tensor, table.weight)).float() for table in model.value_embeddings.values()]
+        value_rows = torch.stack(tables) if tables else torch.empty(0, count, 0)
+        self._crew.run(
+            step,
+            self._shape,
+            self._weights,
+            memory,
+            self._keys,
+            self._values,
+            np.array(rows, np.int64),
+            places,
+            value_rows.numpy(),
+            np.array(wanted, np.int64),
+        )
+        logits = torch.from_numpy(memory.logits[: len(wanted)])
+        return soft_capped(logits, model.config.logit_soft_cap)
+
+    def _gather(self) -> Weights:
+        model, config = self._model, self._model.config
+        blocks: list[Any] = list(model.blocks)
+        layers = [_layers(block) for block in blocks]
+        flat = [layer for block in layers for layer in block if layer is not None]
+        kinds = {_numbers(layer).dtype for layer in flat}
+        assert len(kinds) == 1, f"the matrices of the blocks are stored as {kinds}"
+        head = model.head if model.head is not None else model.token_embedding
+        residual = [[block.residual_scale, block.embedding_scale] for block in blocks if config.residual_scaling]
+        gates = [block.attention.value_gate.weight for block in blocks if block.attention.value_gate is not None]
+        tables = [
+            config.value_embedding_layers.index(n) if n in config.value_embedding_layers else -1
+            for n in range(config.n_layers)
+        ]
+        biased = [self._biases(block) for block in layers]
+        rotary = model.rotary
+        turning = (torch.empty(config.context_length, 0),) * 2 if rotary is None else (rotary.cos, rotary.sin)
+        return Weights(
+            kind=np.empty(0, STORED[kinds.pop()]),
+            head_kind=np.empty(0, STORED[_numbers(head).dtype]),
+            matrices=np.array([[self._matrix(layer) for layer in block] for block in layers], np.int64),
+            head=np.array(self._matrix(head), np.int64),
+            qkv_bias=_stacked([bias[0] for bias in biased]),
+            output_bias=_stacked([bias[1] for bias in biased]),
+            up_bias=_stacked([bias[2] for bias in biased]),
+            down_bias=_stacked([bias[3] for bias in biased]),
+            norms=_stacked(
+                [torch.stack([_norm(block.attention_norm), _norm(block.feed_forward_norm)]) for block in blocks]
+            ),
+            final_norm=_norm(model.final_norm).numpy(),
+            residual_scales=np.array([[scale.item() for scale in pair] for pair in residual], np.float32).reshape(
+                -1, 2
+            ),
+            value_gates=_stacked(gates) if gates else np.empty((0, 0, 0), np.float32),
+            value_table=np.array(tables, np.int64),
+            windows=np.array([window or 0 for window in config.layer_windows], np.int64),
+            cos=turning[0].numpy(),
+            sin=turning[1].numpy(),
+        )
+
+    def _matrix(self, layer: nn.Module | None) -> tuple[int, int, int]:
+        """Addresses of the numbers and scales of a layer, as `kernels.multiply` takes them."""
+        if layer is None:
+            return 0, 0, 0
+        numbers = _numbers(layer)
+        if not isinstance(layer, QuantizedLinear):
+            numbers = F.pad(numbers, (0, -numbers.shape[1] % _ALIGNED))
+            self._held.append(numbers.contiguous())
+            return self._held[-1].data_ptr(), 0, 0
+        self._held += [numbers, layer.scales]
+        scales = layer.scales.data_ptr()
+        return numbers.data_ptr(), *((scales, 0) if layer.bits == 8 else (0, scales))
+
+    def _biases(self, layers: tuple[nn.Module | None, ...]) -> list[Tensor]:
+        """Those of queries, keys and values together; of the output; of what feeds the activation; of the last one."""
+        query, key, value, output, up, gate, down = layers
+        groups = [[query, key, value], [output], [up] if gate is None else [up, gate], [down]]
+        found = [[cast(Tensor | None, getattr(layer, "bias")) for layer in group] for group in groups]
+        return [torch.cat([bias for bias in group if bias is not None] or [torch.empty(0)]) for group in found]
+
+    def _allocate(self, tokens: int) -> Memory:
+        config, shape = self._model.config, self._shape
+
+        def room(width: int, rows: int = tokens) -> Any:
+            return np.zeros((rows, width), np.float32)
+
+        def wide(width: int) -> Any:
+            return room(width + -width % _ALIGNED)
+
+        query = shape.heads * shape.head_dim
+        return Memory(
+            x=room(config.d_model),
+            embedding=room(config.d_model if config.residual_scaling else 0),
+            normal=wide(config.d_model),
+            qkv=room(query + 2 * shape.kv_heads * shape.head_dim),
+            mixed=wide(query),
+            hidden=wide(shape.d_ff),
+            gate=room(shape.d_ff if config.activation == "swiglu" else 0),
+            scores=room(self._keys.shape[3], self._threads),
+            logits=room(shape.vocab_size),
+        )
+
+
+def _layers(block: nn.Module) -> tuple[nn.Module | None, ...]:
+    """The seven matrices of a block, in the order of `decoding`; the gate is None but in SwiGLU."""
+    attention, feed_forward = cast(Any, block).attention, cast(Any, block).feed_forward
+    gate = getattr(feed_forward, "gate", None)
+    return attention.query, attention.key, attention.value, attention.output, feed_forward.up, gate, feed_forward.down
+
+
+def _numbers(layer: nn.Module) -> Tensor:
+    return layer.numbers if isinstance(layer, QuantizedLinear) else cast(Tensor, layer.weight).detach()
+
+
+def _array(tensor: Tensor) -> Any:
+    """The memory of a tensor as an array; bfloat16 as its bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Any:
+    return torch.stack([tensor.detach().float() for tensor in tensors]).numpy()
+
+
+def _norm(norm: nn.Module) -> Tensor:
+    """Scale and bias `(2, d_model)` of a norm."""
+    scale, bias = cast(Tensor, norm.weight).detach().float(), getattr(norm, "bias", None)
+    return torch.stack([scale, torch.zeros_like(scale) if bias is None else bias.detach().float()])

@@ -1,0 +1,160 @@
+"""The kernels that decode on a CPU: the model's own logits, whatever the weights are stored in and the batch is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from config.load import load_config, with_vocab_size
+from inference.cpu import CPUModel
+from inference.quantization import Quantize, QuantizedLinear, quantize_
+from inference.runners import BLOCK, Chunk, CPURunner, ModelRunner, make_runner
+from model.cache import KVCache
+from model.transformer import Transformer
+from tests.test_engine import KINDS as ENGINE_KINDS
+from tests.workspace import LIVELY, SMALL
+
+KINDS = {
+    **ENGINE_KINDS,
+    "odd widths": ["model.activation=swiglu", "model.d_ff=75", "model.d_model=40", "model.bias=true"],
+}
+VOCABULARY = 301
+TOKENS = torch.randint(0, VOCABULARY, (32,), generator=torch.Generator().manual_seed(0))
+
+
+def make_model(kind: str, quantize: Quantize = "none", dtype: torch.dtype = torch.float32) -> Transformer:
+    """Random weights, and biases and scalars that are not what they begin with."""
+    config = with_vocab_size(load_config([], [*SMALL, *LIVELY, *KINDS[kind]]), VOCABULARY)
+    model = Transformer(config.model).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.2)
+    quantize_(model.to(dtype), quantize)
+    return model
+
+
+def run_all(model: Transformer, tokens: Tensor, *cuts: int) -> Tensor:
+    """The logits after every token, which come to the kernels in pieces that end at `cuts` and at the end."""
+    cache = KVCache(model.config, 3, dtype=model.token_embedding.weight.dtype)
+    kernels, found, start = CPUModel(model, cache), [], 0
+    for end in (*cuts, len(tokens)):
+        count = end - start
+        piece = kernels.run(tokens[start:end].tolist(), [1] * count, range(start, end), range(count))
+        found.append(piece.clone())
+        start = end
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+@torch.inference_mode()
+def test_the_logits_are_those_of_the_model(kind: str, quantize: Quantize) -> None:
+    model = make_model(kind, quantize)
+    assert isinstance(make_runner(model, KVCache(model.config, 1)), CPURunner)
+    torch.testing.assert_close(run_all(model, TOKENS, 3, 4, 12), model(TOKENS[None])[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_bfloat16_weights_are_read_as_they_are(kind: str) -> None:
+    """The same weights in float32 give the same, but for the keys and values that the cache rounds."""
+    model = make_model(kind, dtype=torch.bfloat16)
+    expected = copy.deepcopy(model).float()(TOKENS[None])[0]
+    found = run_all(model, TOKENS, 5, 6)
+    assert (found - expected).abs().mean() < 0.02 * expected.std()
+    assert (found - expected).abs().mean() < (model(TOKENS[None])[0] - expected).abs().mean()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+@torch.inference_mode()
+def test_no_bit_depends_on_the_batch_the_cuts_or_the_threads(data: st.DataObject) -> None:
+    model = data.draw(st.sampled_from([MODELS["rope, grouped queries"], MODELS["windows and skips"]]))
+    alone = run_all(model, TOKENS)
+    cuts = sorted(data.draw(st.sets(st.integers(1, 31), max_size=6)))
+    assert torch.equal(run_all(model, TOKENS, *cuts), alone)
+
+    lengths = data.draw(st.lists(st.integers(1, 31), min_size=1, max_size=9))
+    cache, before = KVCache(model.config, len(lengths)), torch.get_num_threads()
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3])))
+    try:
+        runner = CPURunner(model, cache)
+    finally:
+        torch.set_num_threads(before)
+    first = [Chunk(row, 0, TOKENS[:length].tolist()) for row, length in enumerate(lengths)]
+    assert torch.equal(runner.run(first), alone[[length - 1 for length in lengths]])
+    then = [Chunk(row, length, TOKENS[length : length + 1].tolist()) for row, length in enumerate(lengths)]
+    assert torch.equal(runner.run(then), alone[lengths])
+
+
+MODELS = {kind: make_model(kind) for kind in KINDS}
+
+
+@torch.inference_mode()
+def test_a_long_text_goes_through_the_model_in_blocks_that_change_little() -> None:
+    wide = [*SMALL, *LIVELY, "model.context_length=600", "model.window=40", "model.window_pattern=SL"]
+    model = Transformer(with_vocab_size(load_config([], wide), VOCABULARY).model).eval()
+    tokens = torch.randint(0, VOCABULARY, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    cache = KVCache(model.config, 2)
+    runner = CPURunner(model, cache)
+    for start in (0, BLOCK):
+        runner.run([Chunk(1, start, tokens[start : start + BLOCK]), Chunk(0, start, tokens[start : start + 1])])
+    found = runner.run([Chunk(1, 2 * BLOCK, tokens[2 * BLOCK :])])
+    torch.testing.assert_close(found, model(torch.tensor([tokens]))[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_window_reads_nothing_beyond_it() -> None:
+    config = with_vocab_size(
+        load_config([], [*SMALL, *LIVELY, "model.n_layers=2", "model.window=5", "model.window_pattern=S"]), VOCABULARY
+    )
+    model = Transformer(config.model).eval()
+    cache = KVCache(model.config, 1)
+    runner = CPURunner(model, cache)
+    runner.run([Chunk(0, 0, TOKENS[:20].tolist())])
+    expected = runner.run([Chunk(0, 20, TOKENS[20:21].tolist())]).clone()
+    cache.keys[0, :, :, :16], cache.values[0, :, :, :16] = torch.nan, torch.nan
+    assert torch.equal(runner.run([Chunk(0, 20, TOKENS[20:21].tolist())]), expected)
+
+
+@torch.inference_mode()
+def test_what_the_kernels_do_not_know_is_run_by_the_model() -> None:
+    model = make_model("rope, grouped queries")
+    expected = model(TOKENS[None])[0]
+    attention: Any = model.get_submodule("blocks.0.attention")
+    attention.query = nn.Sequential(attention.query)
+    cache = KVCache(model.config, 3)
+    runner = make_runner(model, cache)
+    assert isinstance(runner, ModelRunner)
+    found = runner.run([Chunk(0, 0, TOKENS[:7].tolist()), Chunk(1, 0, TOKENS[:3].tolist())])
+    torch.testing.assert_close(found, expected[[6, 2]])
+    found = runner.run([Chunk(1, 3, TOKENS[3:6].tolist()), Chunk(0, 7, TOKENS[7:8].tolist())])
+    torch.testing.assert_close(found, expected[[5, 7]])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_on_the_grid_come_back_as_they_were(bits: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.randint(-7, 8, (70, 64), generator=generator).float()
+    grid[:, ::32], largest = -8 if bits == 4 else 127, 8 if bits == 4 else 127
+    layer = QuantizedLinear(grid * 0.25, None, bits)
+    assert torch.equal(layer.whole(), grid * 0.25)
+    assert layer.numbers.abs().max() <= (largest if bits == 8 else 255)
+
+
+def test_four_bits_err_less_than_the_largest_weight_would_have_them() -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    groups = weight.view(64, -1, 32)
+    scales = groups.abs().amax(dim=2, keepdim=True) / 7
+    plain = ((groups / scales).round() * scales).view_as(weight)
+    found = QuantizedLinear(weight, None, 4).whole()
+    assert (found - weight).square().mean() < 0.85 * (plain - weight).square().mean()
+    assert (QuantizedLinear(weight, None, 8).whole() - weight).square().mean() < 1e-4
