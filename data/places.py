@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from data.permutation import permute
-from data.tokens import INDEX_DTYPE, TokenFiles
+from data.tokens import INDEX_DTYPE, SOURCE_DTYPE, TokenFile, TokenFiles
 
 
 @runtime_checkable
@@ -31,7 +31,7 @@ def places(source: Any, positions: range, seed: int) -> list[str]:
 
 
 def place_of_tokens(tokens: TokenFiles, start: int, count: int) -> str:
-    """Where `count` tokens from `start` on lie: file, position in it, and the documents of it that they belong to."""
+    """Where `count` tokens from `start` on lie: file, position in it, documents of it, and the sources of those."""
     starts = list(accumulate((file.tokens for file in tokens.files), initial=0))
     found = []
     for number in range(bisect_right(starts, start) - 1, len(tokens.files)):
@@ -43,5 +43,16 @@ def place_of_tokens(tokens: TokenFiles, start: int, count: int) -> str:
         documents = np.searchsorted(ends, np.array([first, end - 1], dtype=INDEX_DTYPE), side="right").tolist()
         one = documents[0] == documents[1]
         which = f"document {documents[0]}" if one else f"documents {documents[0]} to {documents[1]}"
+        sources = _sources(tokens, file, slice(documents[0], documents[1] + 1))
+        which += f" of {' and '.join(sources)}" if sources else ""
         found.append(f"{tokens.directory / file.name} tokens {first} to {end - 1} ({which})")
     return ", ".join(found)
+
+
+def _sources(tokens: TokenFiles, file: TokenFile, documents: slice) -> list[str]:
+    """Those of some documents of `file`, as far as they are known, in the order of the manifest."""
+    names = list(tokens.manifest.sources)
+    if file.sources_sha256 is None:
+        return names if len(names) == 1 else []
+    numbers = np.memmap(tokens.directory / file.sources_name, SOURCE_DTYPE, "r")[documents]
+    return [names[number] for number in np.unique(numbers)]

@@ -178,6 +178,24 @@ class TestPlaces:
         )
         assert source.place(15) == f"{where}/b.bin tokens 250 to 300 (documents 0 to 1)"
 
+    def test_windows_name_the_sources_of_their_documents(self, tokens: TokenFiles) -> None:
+        some = {"documents": 5, "tokens": 900, "bytes": 4000}
+        source = {"epochs": 1.0, "available": some, "train": some, "val": some}
+        path = tokens.directory / "manifest.json"
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps({**manifest, "sources": {"wiki": source}}))
+        only = TokenWindows(TokenFiles(tokens.directory, "train"), 50)
+        assert only.place(1).endswith("tokens 50 to 100 (documents 0 to 1 of wiki)")
+
+        for file, numbers in zip(manifest["splits"]["train"], ([1, 0, 1], [1, 1])):
+            file["sources_sha256"] = "unread"
+            (tokens.directory / file["name"]).with_suffix(".sources").write_bytes(np.array(numbers, "<u2").tobytes())
+        path.write_text(json.dumps({**manifest, "sources": {"wiki": source, "code": source}}))
+        several = TokenWindows(TokenFiles(tokens.directory, "train"), 50)
+        assert several.place(0).endswith("tokens 0 to 50 (document 0 of code)")
+        assert several.place(1).endswith("tokens 50 to 100 (documents 0 to 1 of wiki and code)")
+        assert "(document 2 of code), " in several.place(9)
+
     def test_packed_windows_name_each_piece(self, tokens: TokenFiles) -> None:
         source = PackedWindows(tokens, 50)
         for index in (0, len(source) // 2, len(source) - 1):
