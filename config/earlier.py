@@ -23,6 +23,9 @@ BEFORE: dict[str, Any] = {
         "z_loss": 0.0,
         "fp8": False,
         "documents": "attend_across",
+        "task_interval": None,
+        "task_questions": 100,
+        "best_metric": "validation_loss",
         "price_per_device_hour": None,
     },
     "data": {

@@ -102,12 +102,15 @@ class TrainingConfig(Section):
     log_interval: PositiveInt
     eval_interval: PositiveInt
     eval_tokens: PositiveInt
+    task_interval: PositiveInt | None
+    task_questions: PositiveInt
     sample_interval: Annotated[int, Field(ge=0)]
     sample_prompt: str
     checkpoint_interval: PositiveInt
     keep_last: PositiveInt
     keep_every: PositiveInt | None
     keep_best: bool
+    best_metric: Literal["validation_loss", "task_accuracy"]
     save_in_background: bool
     wandb: WandbConfig
 
@@ -118,6 +121,10 @@ class TrainingConfig(Section):
                 "max_steps: set exactly one of max_steps and epochs, and the other one to null, "
                 "such as training.max_steps=null training.epochs=3"
             )
+        if self.best_metric == "task_accuracy" and self.task_interval is None:
+            raise ValueError("best_metric: task_accuracy is measured where task_interval is set, such as to 1000")
+        if self.task_interval is not None and self.tensor_parallel > 1:
+            raise ValueError("task_interval: goes with tensor_parallel=1 alone")
         if self.fp8 and self.tensor_parallel > 1:
             raise ValueError("fp8: goes with tensor_parallel=1 alone")
         if self.micro_batch_size != "auto" and self.batch_size % self.micro_batch_size:

@@ -2,7 +2,7 @@
 
 A context is computed once, however many continuations it has: its keys and values go into the cache, are copied for
 each continuation, and only the tokens of the continuations are run after them. What is longer than the model sees loses
-tokens from its left, as in `lm-eval`.
+tokens from its left, as in `lm-eval`; a continuation that is too long by itself is scored in parts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from config.errors import UserError
 from model.cache import KVCache
 from model.transformer import Transformer
 
@@ -68,13 +67,12 @@ def likelihoods(
     `most_rows` bounds the continuations of one forward pass. `autocast` is the dtype of the matrix products. `advance`
     is told the number of pairs after every batch. With `world_size` above 1 each process computes its share, and all
     get the whole. The model is evaluated without dropout and left in the mode it was in.
-
-    Raises `UserError` for a continuation longer than the context of the model.
     """
     device, context_length = model.output_weight.device, model.config.context_length
-    groups = _grouped(pairs, context_length, most_rows or _MOST_ROWS)
+    parts = [(place, part) for place, pair in enumerate(pairs) for part in _parts(*pair, context_length)]
+    groups = _grouped([part for _, part in parts], context_length, most_rows or _MOST_ROWS)
     precise = torch.float32 if device.type == "mps" else torch.float64
-    found = torch.zeros(len(pairs), 2, dtype=precise, device=device)
+    found = torch.zeros(len(parts), 2, dtype=precise, device=device)
     was_training = model.training
     model.eval()
     try:
@@ -88,7 +86,20 @@ def likelihoods(
         model.train(was_training)
     if world_size > 1:
         all_reduce(found)
-    return [Likelihood(logarithm, bool(greedy)) for logarithm, greedy in found.tolist()]
+    whole = [Likelihood(0.0, True)] * len(pairs)
+    for (place, _), (logarithm, greedy) in zip(parts, found.tolist(), strict=True):
+        whole[place] = Likelihood(whole[place].logarithm + logarithm, whole[place].greedy and bool(greedy))
+    return whole
+
+
+def _parts(context: Ids, target: Ids, context_length: int) -> Iterator[tuple[Ids, Ids]]:
+    """The pair, or, of a target longer than the context, stretches of half a context, each after all before it."""
+    if len(target) <= context_length:
+        yield context, target
+        return
+    step = max(1, context_length // 2)
+    for start in range(0, len(target), step):
+        yield [*context, *target[:start]], target[start : start + step]
 
 
 def common_length(*rows: Ids) -> int:
@@ -103,10 +114,6 @@ def _grouped(pairs: Sequence[tuple[Ids, Ids]], context_length: int, most: int) -
         if not context or not target:
             raise ValueError(f"pair {place} has an empty context or continuation")
         room = context_length + 1 - len(target)  # the last token of the continuation is not read
-        if room < 1:
-            raise UserError(
-                f"A continuation of {len(target):,} tokens does not fit the context of the model, {context_length:,}."
-            )
         members.setdefault(tuple(context[-room:]), []).append((tuple(target), place))
     groups = []
     for context, found in members.items():

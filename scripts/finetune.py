@@ -101,6 +101,7 @@ def finetune(
         tokenizer_fingerprint=job.tokenizer.fingerprint,
         data_fingerprint=job.train.fingerprint,
         evaluate=evaluate,
+        ask=_asker(job),
         sampler=_sampler(job) if job.config.training.sample_interval else None,
         model=model,
         resume=job.resume,
@@ -179,6 +180,23 @@ def _evaluator(job: Finetuning) -> Callable[[Transformer, int, int], Evaluation]
         )
 
     return evaluate
+
+
+def _asker(job: Finetuning) -> Callable[[Transformer, int, int], float] | None:
+    """The share of the questions of the project that the model answers rightly, where they are asked."""
+    training = job.config.training
+    if training.task_interval is None:
+        return None
+    from evaluation.questions import questions
+    from training.precision import Precision
+
+    put = questions(job.config.data, job.tokenizer, training.task_questions)
+
+    def ask(model: Transformer, rank: int, world_size: int) -> float:
+        precision = Precision(training.precision, model.output_weight.device)
+        return put(model, rank, world_size, precision.dtype if precision.mixed else None)
+
+    return ask
 
 
 def _starting_model(job: Finetuning, evaluate: Callable[[Transformer, int, int], Evaluation]) -> Transformer | None:

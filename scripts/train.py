@@ -69,6 +69,7 @@ def train(
         tokenizer_fingerprint=job.tokenizer_fingerprint,
         data_fingerprint=job.data_fingerprint,
         evaluate=evaluator(job),
+        ask=_asker(job),
         sampler=_sampler(job),
         resume=checkpoint,
         recipe=load_config(recipes) if checkpoint is None else None,
@@ -130,6 +131,29 @@ def evaluator(job: Pretraining) -> Callable[[Transformer, int, int], Evaluation]
         )
 
     return evaluate
+
+
+def _asker(job: Pretraining) -> Callable[[Transformer, int, int], float] | None:
+    """The share of the questions of the project that a model answers rightly, where they are asked."""
+    config = job.config
+    if config.training.task_interval is None:
+        return None
+    from pathlib import Path
+
+    from data.tokenization import load_tokenizer
+    from data.tokens import check_tokens
+    from evaluation.questions import questions
+    from training.precision import Precision
+
+    tokenizer = load_tokenizer(Path(config.data.tokenizer_dir))
+    check_tokens(job.source.tokens.manifest, tokenizer.fingerprint, tokenizer.vocab_size)
+    put = questions(config.data, tokenizer, config.training.task_questions)
+
+    def ask(model: Transformer, rank: int, world_size: int) -> float:
+        precision = Precision(config.training.precision, model.output_weight.device)
+        return put(model, rank, world_size, precision.dtype if precision.mixed else None)
+
+    return ask
 
 
 def _sampler(job: Pretraining) -> Callable[[Transformer], str] | None:

@@ -14,6 +14,7 @@ from data.preprocess import preprocess
 from data.tokens import MANIFEST, TokenFiles
 from evaluation.perplexity import evaluate_tokens
 from scripts.eval import evaluate as eval_command
+from tests.hub_server import HubServer, Repo
 from tests.workspace import TEXTS, Workspace, make_workspace
 
 EXACT = ["training.precision=fp32", "training.device=cpu"]
@@ -157,3 +158,15 @@ def test_sources_that_are_not_there_are_refused(workspace: Workspace, options: d
     with pytest.raises(UserError) as refused:
         evaluated(**options, overrides=["data.raw_dir=elsewhere"])
     assert message in str(refused.value)
+
+
+def test_a_data_set_of_the_hub_is_evaluated_on_where_it_is(workspace: Workspace, monkeypatch: Any) -> None:
+    rows = [{"text": f"number {number} of the quick brown fox"} for number in range(40)]
+    file = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    words = ["data.sources={theirs: {kind: hub, repository: some/set, split: test}}", "data.streaming=true"]
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        server.repos["some/set"] = Repo({"main": {"test.jsonl": file}})
+        saved = evaluated("evaluation-theirs.json", source="theirs", max_tokens=10_000, overrides=words)
+    assert saved["bytes"] == sum(len(row["text"]) for row in rows)
+    assert not list(Path("corpus/raw/theirs").glob("*.jsonl")), "nothing is fetched to stay"

@@ -31,7 +31,7 @@ GOES_ON = "Training goes on, and tries again at the next checkpoint."
 class Checkpoints:
     """The checkpoints of the run `run_name` in `training.checkpoint_dir`, which is this run's alone until `close`.
 
-    `best` is {"step", "validation_loss"} of the one with the lowest validation loss, itself part of every checkpoint.
+    `best` is {"step", the metric's name} of the best one by `training.best_metric`, itself part of every checkpoint.
     With `training.save_in_background` all but the last are written by another process. What goes wrong there is said
     when it is known, and not raised; every earlier checkpoint is then still there.
     """
@@ -100,9 +100,11 @@ class Checkpoints:
     def described(self, state: dict[str, Any]) -> dict[str, Any]:
         """`state` with the name of the run, and which checkpoint is the best; waits for what is being written."""
         self._hear(wait=True)
-        step, loss, best = state["step"], state["validation_loss"], self.best
-        if loss is not None and math.isfinite(loss) and (best is None or loss <= best["validation_loss"]):
-            best = {"step": step, "validation_loss": loss}
+        metric, best = self._training.best_metric, self.best
+        value, before = state.get(metric), (self.best or {}).get(metric)
+        if value is not None and math.isfinite(value):
+            if before is None or (value <= before if metric == "validation_loss" else value >= before):
+                best = {"step": state["step"], metric: value}
         return {**state, "run_name": self.run_name, "best": best}
 
     def save(self, state: dict[str, Any], final: bool) -> None:

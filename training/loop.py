@@ -60,7 +60,9 @@ class Evaluated(Protocol):
 
 
 Evaluate = Callable[[Transformer, int, int], Evaluated]  # model, rank, world size
+Ask = Callable[[Transformer, int, int], float]  # the same, for the share of questions answered rightly
 Sample = Callable[[Transformer], str]
+Measured = dict[str, float]  # validation_loss and task_accuracy, as far as they were measured at a step
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Loop:
     requests: Requests
     guard: SpikeGuard
     evaluate: Evaluate
+    ask: Ask | None
     sampler: Sample | None
     tokenizer_fingerprint: str
     finetuning: dict[str, Any] | None
@@ -118,19 +121,18 @@ class Loop:
 
                 due = last or step % training.checkpoint_interval == 0
                 saving = due or asked == SAVE
-                judging = step == plan.steps or step % training.eval_interval == 0 or (due and training.keep_best)
-                loss = self._validate() if judging and not stopped else None
-                if judging or saving or step % training.log_interval == 0:
+                measured = {} if stopped else self._measure(step, due)
+                if measured or saving or step % training.log_interval == 0:
                     self._account(places_of)
-                    self._log(step, loss)
+                    self._log(step, measured)
                 if training.sample_interval and (step % training.sample_interval == 0 or step == plan.steps):
                     self._sample(step)
                 if saving:
-                    self._save(loader.cursor, loss, final=last)
+                    self._save(loader.cursor, measured, final=last)
                 elif self.sharded is not None:
-                    self.sharded.tend(partial(self._state, loader.cursor, None), bool(busy))
+                    self.sharded.tend(partial(self._state, loader.cursor, {}), bool(busy))
                 elif self.record is not None:
-                    self.record.tend(partial(self._state, loader.cursor, None))
+                    self.record.tend(partial(self._state, loader.cursor, {}))
                 if stopped:
                     return asked - STOP
                 self.console.status(f"step {step}/{plan.steps}{self.reading}")
@@ -193,11 +195,27 @@ class Loop:
             nn.utils.clip_grads_with_norm_(parameters, self.config.training.gradient_clip, norm)
         return norm
 
-    def _validate(self) -> float:
+    def _measure(self, step: int, due: bool) -> Measured:
+        """What is to be measured at this step; where a checkpoint is `due`, what the best one is told by, too."""
+        training, last = self.config.training, step == self.plan.steps
+        needed = training.best_metric if due and training.keep_best else None
+        judging = last or step % training.eval_interval == 0 or needed == "validation_loss"
+        ask = (
+            self.ask if last or step % (training.task_interval or step + 1) == 0 or needed == "task_accuracy" else None
+        )
+        measured: Measured = {}
+        if not judging and ask is None:
+            return measured
+        share = self.process.data_rank, self.process.data_size
         with self.meter.aside(), randomness.undisturbed(), aside(self.model):
-            self.validation_loss = self.evaluate(self.model, self.process.data_rank, self.process.data_size).loss
+            if judging:
+                measured["validation_loss"] = self.validation_loss = self.evaluate(self.model, *share).loss
+            if ask is not None:
+                # A sharded model is run by all processes or none, so each answers every question.
+                alone = self.plan.layout.shares_weights
+                measured["task_accuracy"] = ask(self.model, *((0, 1) if alone else share))
             self.model.train()
-        return self.validation_loss
+        return measured
 
     def _account(self, places_of: PlacesOf) -> None:
         """Count and write down the steps left out since the last reading; end a run that no longer gets anywhere."""
@@ -209,7 +227,7 @@ class Loop:
         run_dir = self.record.tracker.directory if self.record is not None else ""
         self.process.fail_together(self.guard.lost(places_of, f"{run_dir}/{SKIPPED}"))
 
-    def _log(self, step: int, validation_loss: float | None) -> None:
+    def _log(self, step: int, measured: Measured) -> None:
         reading = self.meter.read()
         left = duration((self.plan.steps - step) * reading.seconds_per_step)
         shown = "    -" if reading.loss is None else f"{reading.loss:.3f}"
@@ -217,15 +235,16 @@ class Loop:
         memory, degrees = memory_in_use(self.process.device), temperature(self.process.device)
         self.reading += f"  {count(memory)}B" + ("" if degrees is None else f"  {degrees}°C")
         self.console.progress(f"step {step}/{self.plan.steps}{self.reading}")
-        if validation_loss is not None:
-            self.console.say(f"step {step}/{self.plan.steps}  validation loss {validation_loss:.4f}")
+        for name, value in measured.items():
+            self.console.say(f"step {step}/{self.plan.steps}  {name.replace('_', ' ')} {value:.4f}")
         if self.record is None:
             return
         row = {
             "step": step,
             "tokens": self.plan.sequences_through(step) * self.plan.sequence_length,
             "loss": reading.loss,
-            "validation_loss": validation_loss,
+            "validation_loss": measured.get("validation_loss"),
+            **({} if self.ask is None else {"task_accuracy": measured.get("task_accuracy")}),
             "learning_rate": self.optimizers.learning_rate,
             "gradient_norm": reading.gradient_norm,
             "tokens_per_second": reading.tokens_per_second,
@@ -238,7 +257,7 @@ class Loop:
         }
         with self.meter.aside():
             self.record.tracker.log(row)
-            if validation_loss is not None:
+            if measured:
                 self.record.tracker.draw()
 
     def _sample(self, step: int) -> None:
@@ -255,21 +274,21 @@ class Loop:
         self.record.tracker.sample(step, text)
         self.console.say(f"step {step}/{self.plan.steps}  sample: {text}")
 
-    def _save(self, cursor: int, validation_loss: float | None, final: bool) -> None:
+    def _save(self, cursor: int, measured: Measured, final: bool) -> None:
         with self.meter.aside():
-            error = self._write(cursor, validation_loss, final)
+            error = self._write(cursor, measured, final)
         if final:
             self.process.fail_together(error)
         elif error is not None:
             self.console.say(f"warning: {error} {GOES_ON}")
 
-    def _write(self, cursor: int, validation_loss: float | None, final: bool) -> UserError | None:
+    def _write(self, cursor: int, measured: Measured, final: bool) -> UserError | None:
         """Write a checkpoint: of a sharded model all processes together, else the main one alone."""
         if self.sharded is not None:
-            return self.sharded.save(self._state(cursor, validation_loss), final)
-        return None if self.record is None else self.record.save(self._state(cursor, validation_loss), final)
+            return self.sharded.save(self._state(cursor, measured), final)
+        return None if self.record is None else self.record.save(self._state(cursor, measured), final)
 
-    def _state(self, cursor: int, validation_loss: float | None) -> dict[str, Any]:
+    def _state(self, cursor: int, measured: Measured) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizers.state_dict(),
@@ -282,5 +301,6 @@ class Loop:
             "progress": self.progress.state_dict(),
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
             "finetuning": self.finetuning,
-            "validation_loss": validation_loss,
+            "validation_loss": measured.get("validation_loss"),
+            "task_accuracy": measured.get("task_accuracy"),
         }

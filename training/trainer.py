@@ -18,7 +18,7 @@ from training.console import Console, count
 from training.determinism import determinism, fix_threads
 from training.distributed import Process, open_process
 from training.environment import keep_freed_memory
-from training.loop import Evaluate, Loop, Sample
+from training.loop import Ask, Evaluate, Loop, Sample
 from training.meter import Meter
 from training.optimizers import Optimizers, make_optimizers
 from training.parallelism import deal, parallelise
@@ -60,6 +60,7 @@ def train(
     *,
     tokenizer_fingerprint: str,
     evaluate: Evaluate,
+    ask: Ask | None = None,
     sampler: Sample | None = None,
     model: Transformer | None = None,
     resume: Path | None = None,
@@ -77,7 +78,8 @@ def train(
     `recipe` is the configuration before single settings changed it, for the record; `page` draws the run's page now
     and then; `profile` watches a few steps and writes to `profile/` in the run's folder.
     With `keep_name`, a run of the same name that came to no checkpoint is this one, and is begun again.
-    Every process calls `evaluate` at the same steps, the main one alone `sampler`; neither disturbs the run.
+    Every process calls `evaluate` at the same steps, and `ask`, which tells the share of questions answered rightly;
+    the main one alone calls `sampler`; none disturbs the run.
     Raises `UserError` where configuration, data and checkpoint do not go together, where no gradient is finite any
     more, and where the last checkpoint cannot be written.
     """
@@ -150,6 +152,7 @@ def train(
             requests=requests,
             guard=guard,
             evaluate=evaluate,
+            ask=ask,
             sampler=sampler if plan.layout.tensor == 1 else None,
             tokenizer_fingerprint=tokenizer_fingerprint,
             finetuning=finetuning,
