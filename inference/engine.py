@@ -1,13 +1,8 @@
 """The generation engine: many sequences of different lengths, settings and ends, decoded together on one KV cache.
 
-A sequence is *submitted* and waits for a slot; a step *prefills* it (runs the model over its prompt, filling its row of
-the cache) and draws its first token; every later step *decodes* one token of all running sequences together. Sequences
-join and leave between steps. The running ones always fill the first rows of the cache: when one leaves, the last row
-moves into its place, so no step works on empty rows.
-
-A model sees at most `context_length` tokens. When a sequence grows past that, the engine drops its oldest tokens, half
-a context at a time, and prefills the rest again. Where the window begins depends on the length alone, so a prompt that
-is too long is cut just as a text that became too long.
+A sequence is *submitted* and waits for a free row of the cache; then its prompt is run through the model, and its first
+token drawn; every later step *decodes* one token of all running sequences together. Sequences join and leave between
+steps. What a step runs is decided in `slots`.
 
 What a sequence draws depends on its own tokens, settings and seed, not on what it is batched with: on a CPU to the last
 bit, elsewhere but for the rounding of matrix products, which may depend on the size of the batch.
@@ -24,10 +19,9 @@ import torch
 from torch import Tensor
 
 from config.errors import UserError
-from inference.runners import BLOCK, Chunk, make_runner
 from inference.sampling import BatchSettings, SamplingSettings, as_int64, choose
+from inference.slots import Slot, Slots
 from inference.text import Detokenizer, StopStrings
-from model.cache import KVCache
 from model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -41,6 +35,7 @@ class Request:
     """One text to continue. An empty prompt begins a new document.
 
     Generation ends after `max_new_tokens`, at the end-of-text token, at one of `stop_tokens`, or at a text of `stop`.
+    When the text fills the model's context, it goes on with the newest part of it, or ends if `context` is "stop".
     """
 
     prompt: Sequence[int]
@@ -49,6 +44,11 @@ class Request:
     seed: int = 0
     stop: Sequence[str] = ()
     stop_tokens: Sequence[int] = ()
+    context: Literal["slide", "stop"] = "slide"
+
+
+class QueueFull(UserError):
+    """More requests wait than the engine takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Piece:
     """What one step gave one sequence: a token, and the text that is certain since then (maybe none).
 
     The texts of a sequence joined are the text of its tokens up to the stop string or token. `finish` is None until the
-    last piece: "stop" for a stop string or token, "length" for `max_new_tokens`.
+    last piece: "stop" for a stop string or token, "length" for `max_new_tokens` or a full context.
     """
 
     sequence: int
@@ -73,7 +73,7 @@ class _Sequence:
     detokenizer: Detokenizer
     stops: StopStrings
     stop_tokens: frozenset[int]
-    window_start: int = -1
+    slot: Slot | None = None
     drawn: int = 0
     present: Tensor | None = None
 
@@ -88,24 +88,23 @@ class _Composition:
 
 
 class Engine:
-    """Runs up to `slots` sequences at once; further ones wait their turn.
+    """Runs up to `slots` sequences at once; further ones wait their turn, no more than `queue_limit` if there is one.
 
-    The model must be in evaluation mode; its device and dtype are those of the cache. `computed_tokens` counts those
-    that went through it so far.
+    The model must be in evaluation mode; its device and dtype are those of the cache.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, slots: int = 1) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, slots: int = 1, queue_limit: int | None = None
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         weight = model.token_embedding.weight
         # Sampling needs float64 and 64-bit integers, which Apple's GPUs lack.
         self._sampling_device = torch.device("cpu") if weight.device.type == "mps" else weight.device
-        self._cache = KVCache(model.config, slots, device=weight.device, dtype=weight.dtype)
-        self._runner = make_runner(model, self._cache)
+        self._slots, self._queue_limit = Slots(model, slots), queue_limit
         self._running: list[_Sequence] = []
         self._waiting: deque[_Sequence] = deque()
         self._submitted = 0
-        self.computed_tokens = 0
         self._composition: _Composition | None = None
 
     @property
@@ -113,9 +112,25 @@ class Engine:
         """Whether any sequence runs or waits."""
         return bool(self._running or self._waiting)
 
+    @property
+    def computed_tokens(self) -> int:
+        """How many tokens went through the model so far."""
+        return self._slots.computed
+
     def submit(self, request: Request) -> int:
-        """Queue a request; returns the number that its pieces carry."""
+        """Queue a request; returns the number that its pieces carry.
+
+        Raises `QueueFull` where too many wait, and `UserError` for a prompt that leaves a text which must not slide no
+        room.
+        """
         ids = list(request.prompt) or [self._tokenizer.end_of_text_id]
+        context = self._model.config.context_length
+        if request.context == "stop" and len(ids) >= context:
+            raise UserError(
+                f"The prompt has {len(ids):,} tokens; the model sees {context:,} at once, the answer included."
+            )
+        if self._queue_limit is not None and len(self._waiting) - self._slots.free >= self._queue_limit:
+            raise QueueFull(f"{len(self._waiting):,} requests are waiting already. Try again later.")
         sequence = _Sequence(
             number=self._submitted,
             request=request,
@@ -158,86 +173,41 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Piece]:
-        """One token for every running sequence, and the first one for those that find a free slot."""
-        filling = [one for one in self._running if self._window_start(one) != one.window_start]
-        for sequence in filling:
-            self._release(sequence)
-        while self._waiting and len(self._running) + len(filling) < self._cache.batch_size:
-            filling.append(self._waiting.popleft())
-        logits = []
-        if self._running:
-            logits.append(self._decode())
-        if filling:
-            logits.append(self._prefill(filling))
-        if not logits:
+        """A token for every running sequence whose prompt is through; waiting ones join as far as there is room."""
+        while self._waiting and self._slots.free:
+            sequence = self._waiting.popleft()
+            sequence.slot = self._slots.take(sequence.ids)
+            self._running.append(sequence)
+        slots, logits = self._slots.step()
+        if not slots or logits is None:
             return []
-        tokens = self._choose(torch.cat(logits) if len(logits) > 1 else logits[0])
+        owners = {id(sequence.slot): sequence for sequence in self._running}
+        ready = [owners[id(slot)] for slot in slots]
+        if any(sequence.drawn == 0 for sequence in ready) and not bool(logits.isfinite().all()):
+            raise UserError("The weights of this checkpoint give no numbers (NaN or infinity). Use an earlier one.")
         pieces = []
-        for sequence, token in zip(list(self._running), tokens, strict=True):
+        for sequence, token in zip(ready, self._choose(ready, logits), strict=True):
             pieces.append(self._accept(sequence, token))
             if pieces[-1].finish is not None:
                 self._release(sequence)
         return pieces
 
-    def _window_start(self, sequence: _Sequence) -> int:
-        """Index of the first token that the model sees: 0, and from the limit on jumping by half a context."""
-        context = self._model.config.context_length
-        jump = max(1, context // 2)
-        return max(0, -(-(len(sequence.ids) - context) // jump) * jump)
-
-    def _decode(self) -> Tensor:
-        """Logits `(running, vocab)` after the last token of every running sequence."""
-        chunks = [
-            Chunk(row, len(sequence.ids) - sequence.window_start - 1, sequence.ids[-1:])
-            for row, sequence in enumerate(self._running)
-        ]
-        return self._run(chunks).clone()
-
-    def _prefill(self, sequences: list[_Sequence]) -> Tensor:
-        """Give `sequences` the next rows; fill these; return the logits `(sequences, vocab)` after each one's tokens.
-
-        Equal texts, such as several samples of one prompt, are computed once.
-        """
-        groups: dict[tuple[int, ...], list[_Sequence]] = {}
-        for sequence in sequences:
-            sequence.window_start = self._window_start(sequence)
-            groups.setdefault(tuple(sequence.ids[sequence.window_start :]), []).append(sequence)
-        first, unique = len(self._running), len(groups)
-        self._running += [group[0] for group in groups.values()]
-        self._running += [sequence for group in groups.values() for sequence in group[1:]]
-        sources = [place for place, group in enumerate(groups.values()) for _ in group[1:]]
-        last = []
-        for row, window in enumerate(groups, first):
-            last.append(Chunk(row, (len(window) - 1) // BLOCK * BLOCK, window[(len(window) - 1) // BLOCK * BLOCK :]))
-            for start in range(0, last[-1].start, BLOCK):
-                self._run([Chunk(row, start, window[start : start + BLOCK])])
-        logits = self._run(last)
-        if not bool(logits.isfinite().all()):
-            raise UserError("The weights of this checkpoint give no numbers (NaN or infinity). Use an earlier one.")
-        for row, source in enumerate(sources, first + unique):
-            self._cache.copy_row(first + source, row)
-        return torch.cat([logits, logits[sources]]) if sources else logits
-
-    def _run(self, chunks: Sequence[Chunk]) -> Tensor:
-        self.computed_tokens += sum(len(chunk.tokens) for chunk in chunks)
-        return self._runner.run(chunks)
-
-    def _choose(self, logits: Tensor) -> list[int]:
-        """The next token of every running sequence; the one place in a step that waits for the device."""
+    def _choose(self, running: Sequence[_Sequence], logits: Tensor) -> list[int]:
+        """The next token of all that run; the one place in a step that waits for the device."""
         device = self._sampling_device
-        members, batch = [sequence.number for sequence in self._running], self._composition
+        members, batch = [sequence.number for sequence in running], self._composition
         if batch is None or batch.members != members:
-            seeds = [as_int64(sequence.request.seed) for sequence in self._running]
+            seeds = [as_int64(sequence.request.seed) for sequence in running]
             batch = self._composition = _Composition(
                 members,
-                BatchSettings([sequence.request.sampling for sequence in self._running], device),
+                BatchSettings([sequence.request.sampling for sequence in running], device),
                 torch.tensor(seeds, device=device),
             )
         present = None
         if batch.settings.repetition_penalty is not None:
             nothing = torch.zeros(logits.shape[1], dtype=torch.bool, device=device)
-            present = torch.stack([nothing if one.present is None else one.present for one in self._running])
-        drawn = torch.tensor([sequence.drawn for sequence in self._running], device=device)
+            present = torch.stack([nothing if one.present is None else one.present for one in running])
+        drawn = torch.tensor([sequence.drawn for sequence in running], device=device)
         tokens: list[int] = choose(logits.to(device).float(), batch.settings, present, batch.seeds, drawn).tolist()
         return tokens
 
@@ -253,7 +223,7 @@ class Engine:
             finish, text = "stop", stops.push(sequence.detokenizer.flush())
         else:
             text = stops.push(sequence.detokenizer.push(token))
-            if not stops.stopped and sequence.drawn >= sequence.request.max_new_tokens:
+            if not stops.stopped and self._is_full(sequence):
                 finish = "length"
                 text += stops.push(sequence.detokenizer.flush())
         if stops.stopped:
@@ -262,10 +232,12 @@ class Engine:
             text += stops.flush()
         return Piece(sequence.number, token, text, finish)
 
+    def _is_full(self, sequence: _Sequence) -> bool:
+        limited = sequence.request.context == "stop" and len(sequence.ids) >= self._model.config.context_length
+        return limited or sequence.drawn >= sequence.request.max_new_tokens
+
     def _release(self, sequence: _Sequence) -> None:
-        """Free a running sequence's row, and close the gap with the last one."""
-        row, last = self._running.index(sequence), len(self._running) - 1
-        if row != last:
-            self._cache.copy_row(last, row)
-            self._running[row] = self._running[last]
-        self._running.pop()
+        """Free a running sequence's row."""
+        self._running.remove(sequence)
+        if sequence.slot is not None:
+            self._slots.leave(sequence.slot)

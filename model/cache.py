@@ -65,9 +65,9 @@ class KVCache:
         part.lengths, part.extent = self.lengths[start:stop], self.extent
         return part
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Make row `target` hold what row `source` holds."""
-        length = int(self.lengths[source])
+    def copy_row(self, source: int, target: int, length: int | None = None) -> None:
+        """Make row `target` hold what row `source` holds, or the first `length` tokens of that."""
+        length = int(self.lengths[source]) if length is None else length
         for memory in (self.keys, self.values):
             memory[:, target, :, :length] = memory[:, source, :, :length]
         self.lengths[target] = length
