@@ -40,7 +40,7 @@ SMALL = [
     "generation.max_new_tokens=8",
 ]
 # The commands of the README's road, and what a test adds so that each takes seconds. Nothing is left out of this list
-# but the installation, which CI runs.
+# but the installation, which CI runs, and the server.
 TYPED: dict[str, list[str]] = {
     "python data/download_datasets.py": [],
     "python data/download_datasets.py --list": [],
@@ -61,6 +61,7 @@ TYPED: dict[str, list[str]] = {
     "python scripts/report.py": [],
 }
 INSTALLATION = {"pip install -r requirements.txt"}
+ENDLESS = {"python scripts/serve.py"}  # tests/test_server.py types it
 
 
 def shell_lines(page: Path, heading: str = "") -> list[str]:
@@ -112,7 +113,7 @@ class TestWhatIsWrittenDown:
             load_config(recipes, [word for word in values.get("overrides") or [] if "=" in word])
 
     def test_the_road_of_the_readme_is_the_one_that_is_tested(self) -> None:
-        assert set(shell_lines(ROOT / "README.md", ROAD)) == TYPED.keys() | INSTALLATION
+        assert set(shell_lines(ROOT / "README.md", ROAD)) == TYPED.keys() | INSTALLATION | ENDLESS
 
     def test_make_demo_takes_that_road(self) -> None:
         lines = subprocess.run(

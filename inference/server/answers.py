@@ -1,0 +1,238 @@
+"""What the server answers, in OpenAI's two formats: whole, or in chunks."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from inference.engine import Piece
+
+Finish = Literal["stop", "length"]
+
+
+class ErrorDetail(BaseModel):
+    """See `errors.ApiError`."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is not 200."""
+
+    error: ErrorDetail
+
+
+class ModelCard(BaseModel):
+    """The model that is served. The fields after `owned_by` are not in OpenAI's interface."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "quern"
+    context_length: int
+    parameters: int
+    chat: bool
+
+
+class ModelList(BaseModel):
+    """GET /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Usage(BaseModel):
+    """Tokens of all prompts and all choices of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TextChoice(BaseModel):
+    """One text that was written, or the next part of it."""
+
+    text: str
+    index: int
+    logprobs: None = None
+    finish_reason: Finish | None
+
+
+class Completion(BaseModel):
+    """Answer, or chunk, of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class AnswerMessage(BaseModel):
+    """What the model says."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: Finish
+
+
+class ChatCompletion(BaseModel):
+    """Answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    """The next part of an answer."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    """The next part of one of the answers."""
+
+    index: int
+    delta: Delta
+    logprobs: None = None
+    finish_reason: Finish | None
+
+
+class ChatChunk(BaseModel):
+    """Chunk of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+@dataclass
+class Written:
+    """What has been written of one choice, or what came of it since the last chunk."""
+
+    text: str = ""
+    finish: Finish | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Take the next piece of it."""
+        self.text += piece.text
+        self.finish = piece.finish
+
+
+def _head(prefix: str, kind: str, model: str, system_fingerprint: str) -> dict[str, Any]:
+    """The fields that all chunks of an answer have; `object` among them, as chunks hold only what is set."""
+    return {
+        "object": kind,
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": system_fingerprint,
+    }
+
+
+class Format(Protocol):
+    """One of the two formats."""
+
+    def begin(self, index: int) -> BaseModel | None:
+        """The chunk that opens choice `index`, if there is one."""
+
+    def chunk(self, index: int, written: Written) -> BaseModel:
+        """The chunk with what came of a choice."""
+
+    def closing(self, usage: Usage) -> BaseModel:
+        """The chunk with the usage."""
+
+    def whole(self, choices: Sequence[Written], usage: Usage) -> BaseModel:
+        """The answer in one."""
+
+
+class ChatFormat:
+    """/v1/chat/completions."""
+
+    def __init__(self, model: str, system_fingerprint: str) -> None:
+        self._head = _head("chatcmpl", "chat.completion.chunk", model, system_fingerprint)
+
+    def begin(self, index: int) -> BaseModel:
+        """The chunk that says who speaks."""
+        return self._chunk(index, Delta(role="assistant", content=""), None)
+
+    def chunk(self, index: int, written: Written) -> BaseModel:
+        """The chunk with what came of a choice."""
+        delta = Delta(content=written.text) if written.text else Delta()
+        return self._chunk(index, delta, written.finish)
+
+    def closing(self, usage: Usage) -> BaseModel:
+        """The chunk with the usage."""
+        return ChatChunk(**self._head, choices=[], usage=usage)
+
+    def whole(self, choices: Sequence[Written], usage: Usage) -> BaseModel:
+        """The answer in one."""
+        answers = [
+            ChatChoice(index=index, message=AnswerMessage(content=one.text), finish_reason=one.finish or "length")
+            for index, one in enumerate(choices)
+        ]
+        return ChatCompletion(**{**self._head, "object": "chat.completion"}, choices=answers, usage=usage)
+
+    def _chunk(self, index: int, delta: Delta, finish: Finish | None) -> ChatChunk:
+        return ChatChunk(**self._head, choices=[ChunkChoice(index=index, delta=delta, finish_reason=finish)])
+
+
+class TextFormat:
+    """/v1/completions; `echoes` are the prompts to put before what is written, one for each choice."""
+
+    def __init__(self, model: str, system_fingerprint: str, echoes: Sequence[str] | None) -> None:
+        self._head = _head("cmpl", "text_completion", model, system_fingerprint)
+        self._echoes = echoes
+
+    def begin(self, index: int) -> BaseModel | None:
+        """The chunk with the prompt, if it is echoed."""
+        return self.chunk(index, Written(self._echoes[index])) if self._echoes is not None else None
+
+    def chunk(self, index: int, written: Written) -> BaseModel:
+        """The chunk with what came of a choice."""
+        choice = TextChoice(text=written.text, index=index, finish_reason=written.finish)
+        return Completion(**self._head, choices=[choice])
+
+    def closing(self, usage: Usage) -> BaseModel:
+        """The chunk with the usage."""
+        return Completion(**self._head, choices=[], usage=usage)
+
+    def whole(self, choices: Sequence[Written], usage: Usage) -> BaseModel:
+        """The answer in one."""
+        echoes = self._echoes or [""] * len(choices)
+        texts = [
+            TextChoice(text=echo + one.text, index=index, finish_reason=one.finish)
+            for index, (echo, one) in enumerate(zip(echoes, choices, strict=True))
+        ]
+        return Completion(**self._head, choices=texts, usage=usage)

@@ -1,0 +1,166 @@
+"""From the body of a request to what the engine runs."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from config.errors import UserError
+from config.schema import GenerationConfig
+from data.tokenization.chat import encode_messages
+from inference.engine import Request
+from inference.prompting import chat_stop_tokens
+from inference.sampling import SamplingSettings
+from inference.server.answers import ChatFormat, Format, ModelCard, TextFormat
+from inference.server.errors import ApiError, invalid
+from inference.server.protocol import ChatBody, CompletionBody, GenerationBody
+
+if TYPE_CHECKING:
+    from data.tokenization import Tokenizer
+
+
+@dataclass(frozen=True)
+class Served:
+    """The model behind the server, and how it may be asked.
+
+    `settings` are what a request that leaves them out gets. `max_prompt_tokens` and `max_tokens` are None where the
+    context alone is the limit.
+    """
+
+    card: ModelCard
+    tokenizer: Tokenizer
+    settings: GenerationConfig
+    max_prompt_tokens: int | None = None
+    max_tokens: int | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with all that could change what a seed gives: OpenAI's `system_fingerprint`."""
+        said = f"{self.card.model_dump_json()} {self.tokenizer.fingerprint}"
+        return f"fp_{hashlib.sha256(said.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the engine is to write, one request for each choice, and how it is answered."""
+
+    requests: list[Request]
+    prompt_tokens: int
+    format: Format
+
+
+def choices_of(body: GenerationBody) -> int:
+    """How many texts a request asks for."""
+    return body.n * (len(body.prompts) if isinstance(body, CompletionBody) else 1)
+
+
+def check_model(body: GenerationBody, served: Served) -> None:
+    """Raise `ApiError` 404 if a request is for another model."""
+    if body.model is not None and body.model != served.card.id:
+        raise unknown_model(body.model, served)
+
+
+def unknown_model(name: str, served: Served) -> ApiError:
+    """404, with the model that there is."""
+    message = f"The model {name!r} does not exist. This server has {served.card.id!r}."
+    return ApiError(404, message, "model_not_found", "model")
+
+
+def completion_task(body: CompletionBody, served: Served) -> Task:
+    """What /v1/completions asks for. Takes a while for long prompts: not to be called in the event loop."""
+    tokenizer = served.tokenizer
+    prompts, echoes = [], []
+    for prompt in body.prompts:
+        try:
+            ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        except UserError as error:
+            raise invalid("prompt", str(error).rstrip(".")) from error
+        if (unknown := max(ids, default=0)) >= tokenizer.vocab_size:
+            raise invalid("prompt", f"there is no token {unknown:,}; the vocabulary has {tokenizer.vocab_size:,}")
+        prompts.append(_checked(ids or [tokenizer.end_of_text_id], "prompt", served))
+        echoes += [prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=True)] * body.n
+    answer = TextFormat(served.card.id, served.fingerprint, echoes if body.echo else None)
+    return _task(body, served, prompts, [], body.max_tokens, "max_tokens", answer)
+
+
+def chat_task(body: ChatBody, served: Served) -> Task:
+    """What /v1/chat/completions asks for. Takes a while for long conversations: not to be called in the event loop."""
+    if not served.card.chat:
+        message = (
+            f"The model {served.card.id!r} was not fine-tuned on messages, so it can't chat. Use /v1/completions, "
+            "fine-tune it with scripts/finetune.py, or start the server with --chat."
+        )
+        raise ApiError(400, message, "chat_not_supported", "model")
+    try:
+        messages = [message.plain() for message in body.messages]
+        ids, _ = encode_messages(served.tokenizer, messages, add_generation_prompt=True)
+    except UserError as error:
+        raise invalid("messages", str(error).rstrip(".")) from error
+    newer = body.max_completion_tokens is not None
+    asked = body.max_completion_tokens if newer else body.max_tokens
+    named = "max_completion_tokens" if newer else "max_tokens"
+    answer = ChatFormat(served.card.id, served.fingerprint)
+    prompts = [_checked(ids, "messages", served)]
+    return _task(body, served, prompts, chat_stop_tokens(served.tokenizer), asked, named, answer)
+
+
+def _checked(ids: list[int], param: str, served: Served) -> list[int]:
+    """`ids`, where there is room for them and for one token more; else `ApiError`."""
+    context, limit = served.card.context_length, served.max_prompt_tokens
+    if len(ids) >= context:
+        message = (
+            f"This model's maximum context length is {context:,} tokens, of which one must be left to write. However, "
+            f"your {param} resulted in {len(ids):,} tokens. Please reduce the length of the {param}."
+        )
+        raise ApiError(400, message, "context_length_exceeded", param)
+    if limit is not None and len(ids) > limit:
+        message = (
+            f"This server takes prompts of {limit:,} tokens at most; your {param} resulted in {len(ids):,} tokens."
+        )
+        raise ApiError(400, message, "prompt_too_long", param)
+    return ids
+
+
+def _task(
+    body: GenerationBody,
+    served: Served,
+    prompts: Sequence[list[int]],
+    stop_tokens: Sequence[int],
+    asked: int | None,
+    named: str,
+    answer: Format,
+) -> Task:
+    settings = served.settings
+    limit = served.max_tokens
+    if asked is not None and limit is not None and asked > limit:
+        raise invalid(named, f"this server writes {limit:,} tokens at most, {asked:,} were asked for")
+    wanted = asked if asked is not None else min(settings.max_new_tokens, limit or settings.max_new_tokens)
+    seed = body.seed if body.seed is not None else settings.seed
+    first = secrets.randbits(63) if seed is None else seed
+    sampling = sampling_of(body, settings)
+    stops = tuple(settings.stop if body.stops is None else body.stops)
+    requests = [
+        Request(ids, min(wanted, served.card.context_length - len(ids)), sampling, first + choice, stops, stop_tokens)
+        for ids in prompts
+        for choice in range(body.n)
+    ]
+    return Task(requests, sum(len(ids) for ids in prompts), answer)
+
+
+def sampling_of(body: GenerationBody, settings: GenerationConfig) -> SamplingSettings:
+    """The settings of a request, over those of the server."""
+
+    def given(name: str) -> float:
+        value: float | None = getattr(body, name)
+        return getattr(settings, name) if value is None else value
+
+    return SamplingSettings(
+        temperature=given("temperature"),
+        top_k=int(given("top_k")),
+        top_p=max(given("top_p"), 1e-9),  # OpenAI takes 0, for the likeliest token
+        min_p=given("min_p"),
+        repetition_penalty=given("repetition_penalty"),
+    )

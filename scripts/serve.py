@@ -1,0 +1,168 @@
+"""Command: serve a checkpoint over HTTP, with OpenAI's interface and a page."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from config.command import Overrides, PrintConfig, Recipe, resolve, run, size_of
+from config.errors import UserError
+
+if TYPE_CHECKING:
+    from config.schema import Config
+    from inference.loading import Loaded
+    from inference.server.prompts import Served
+
+ENVIRONMENT_KEY = "QUERN_API_KEY"
+
+Checkpoint = Annotated[
+    str, typer.Option("--checkpoint", metavar="PATH|latest", help="A checkpoint, a folder of them, or the latest.")
+]
+Host = Annotated[str, typer.Option(help="Where to listen. Other machines reach it at 0.0.0.0, which needs a key.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help=f"API keys, one a line; or put one into {ENVIRONMENT_KEY}. Without: open to all."
+    ),
+]
+Name = Annotated[str | None, typer.Option("--model-name", help="The model's id. By default its run and step.")]
+Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to run.")]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Answer chats; by default if the model was fine-tuned on messages."),
+]
+Concurrent = Annotated[int, typer.Option(min=1, help="The most texts that are written together.")]
+Queue = Annotated[int, typer.Option(min=0, help="The most texts that wait for that; further ones are refused.")]
+MaxBody = Annotated[str, typer.Option(metavar="SIZE", help="The longest body of a request, such as 1MB.")]
+MaxPrompt = Annotated[int | None, typer.Option(min=1, help="The longest prompt. By default the context is the limit.")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="The most tokens of one text. By default what has room.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")]
+Grace = Annotated[float, typer.Option(min=0.0, help="Seconds that running answers get when the server is ended.")]
+AllowHost = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="Another name by which a local server may be called.")
+]
+Origin = Annotated[
+    list[str] | None, typer.Option(metavar="URL", help="A site whose pages may use the server from a browser (CORS).")
+]
+
+
+def serve(
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = "latest",
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key_file: KeyFile = None,
+    model_name: Name = None,
+    device: Device = None,
+    chat: Chat = None,
+    max_concurrent: Concurrent = 16,
+    queue: Queue = 64,
+    max_body: MaxBody = "1MB",
+    max_prompt_tokens: MaxPrompt = None,
+    max_tokens: MaxTokens = None,
+    timeout: Timeout = 600.0,
+    grace: Grace = 30.0,
+    allow_host: AllowHost = None,
+    cors_origin: Origin = None,
+    recipe: Recipe = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Serve a checkpoint over HTTP: OpenAI's interface at /v1, a page to talk to it at /.
+
+    Only this machine reaches it unless --host says otherwise. The section generation
+    holds what a request that leaves a setting out gets. SIGTERM or Ctrl-C lets
+    running answers finish.
+    """
+    given = [f"training.device={device}"] if device else []
+    config = resolve(recipe, [*(overrides or []), *given], print_config)
+    body_limit, keys = size_of("--max-body", max_body), _keys(api_key_file)
+    from inference.server.run import address_of, is_loopback, listen, serve_until_signal
+
+    local = is_loopback(host)
+    if not keys and not local:
+        raise UserError(
+            f"Without an API key, {host} would be open to the network: give --api-key-file or set {ENVIRONMENT_KEY}."
+        )
+    from training.environment import calm_threads
+
+    calm_threads()
+    from inference.engine import Engine
+    from inference.loading import load_for_generation
+    from inference.server.app import create_app
+    from inference.server.limits import Limits
+    from inference.server.logs import log_as_json
+    from inference.server.metrics import Metrics
+    from inference.server.service import Service
+
+    with listen(host, port) as listener:
+        loaded = load_for_generation(checkpoint, config)
+        served = _served(loaded, config, model_name, chat, max_prompt_tokens, max_tokens)
+        log_as_json()
+        service = Service(
+            lambda: Engine(loaded.model, loaded.tokenizer, max_concurrent), max_concurrent + queue, Metrics()
+        )
+        service.start()
+        hosts = {"localhost", "127.0.0.1", "::1", host, *(allow_host or [])} if local else None
+        limits = Limits(body_limit, timeout, keys, frozenset(hosts) if hosts else None)
+        app = create_app(service, served, limits, cors_origin or [])
+        card, address = served.card, address_of(listener)
+        kind = "chat and completions" if card.chat else "completions"
+        print(
+            f"Serving {card.id}: {kind}, context {card.context_length:,} tokens, {'key' if keys else 'no key'} needed."
+        )
+        print(f"Next: open {address}, or use OpenAI's client with base_url={address}/v1", flush=True)
+        serve_until_signal(app, service, listener, grace)
+
+
+def _keys(path: Path | None) -> tuple[str, ...]:
+    """The API keys of the file and of the environment."""
+    keys = [os.environ.get(ENVIRONMENT_KEY, "").strip()]
+    if path is not None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{path} is not a text file that can be read. Give --api-key-file one key a line."
+            ) from error
+        keys += [line.strip() for line in lines if not line.startswith("#")]
+        if not any(keys):
+            raise UserError(f"{path} holds no key. Write one a line.")
+    return tuple(key for key in keys if key)
+
+
+def _served(
+    loaded: Loaded,
+    config: Config,
+    name: str | None,
+    chat: bool | None,
+    max_prompt_tokens: int | None,
+    max_tokens: int | None,
+) -> Served:
+    """The model as its users see it."""
+    from inference.server.answers import ModelCard
+    from inference.server.prompts import Served
+
+    info = loaded.info
+    if chat and loaded.tokenizer.chat_template is None:
+        raise UserError("--chat: the tokenizer has no chat template.")
+    card = ModelCard(
+        id=name or f"{info.run_name or 'model'}/{info.step}",
+        created=int(info.path.stat().st_mtime),
+        context_length=loaded.model.config.context_length,
+        parameters=loaded.model.num_parameters(),
+        chat=loaded.chat if chat is None else chat,
+    )
+    return Served(card, loaded.tokenizer, config.generation, max_prompt_tokens, max_tokens)
+
+
+def main() -> None:
+    """Run the command."""
+    run(serve)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""`scripts/serve.py` as OpenAI's own client sees it: completions, chats, streams, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from inference.engine import Engine, Request
+from inference.prompting import chat_prompt, chat_stop_tokens
+from inference.sampling import SamplingSettings
+from tests.server_process import CONTEXT, Server, server_workspace, serving
+from tests.workspace import Workspace
+
+MODEL = "small-run/7"
+PROMPT = "The quick brown"
+TALK: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who jumps?"}]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return server_workspace(tmp_path_factory.mktemp("workspace"), "training.seed=1")
+
+
+@pytest.fixture(scope="module")
+def server(workspace: Workspace) -> Iterator[Server]:
+    with serving(workspace.folder, "--chat") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return server.client()
+
+
+def expected(workspace: Workspace, ids: list[int], count: int, seed: int, **sampling: Any) -> str:
+    """What the engine writes alone, with the shipped settings or others."""
+    settings = SamplingSettings(**{"temperature": 0.8, "top_p": 0.95, **sampling})
+    request = Request(ids, count, settings, seed, stop_tokens=chat_stop_tokens(workspace.tokenizer))
+    return "".join(piece.text for piece in Engine(workspace.model, workspace.tokenizer).generate([request]))
+
+
+class TestModels:
+    def test_the_one_that_is_served(self, client: openai.OpenAI, workspace: Workspace) -> None:
+        [card] = client.models.list().data
+        assert (card.id, card.object, card.owned_by) == (MODEL, "model", "quern")
+        assert card.created == int(workspace.checkpoint.stat().st_mtime)
+        assert card.model_dump()["context_length"] == CONTEXT
+        assert client.models.retrieve(MODEL) == card
+
+    def test_there_is_no_other(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.models.retrieve("gpt-4")
+        assert caught.value.code == "model_not_found"
+
+
+class TestCompletions:
+    def test_the_text_is_that_of_the_engine(self, client: openai.OpenAI, workspace: Workspace) -> None:
+        answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=20, seed=3)
+        ids = workspace.tokenizer.encode(PROMPT)
+        assert answer.choices[0].text == expected(workspace, ids, 20, 3)
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage is not None
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 20)
+        assert answer.usage.total_tokens == len(ids) + 20
+
+    def test_settings_reach_the_engine(self, client: openai.OpenAI, workspace: Workspace) -> None:
+        ids = workspace.tokenizer.encode(PROMPT)
+        chosen: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.5, "top_p": 0.5}, {"top_p": 0.0}]
+        for sampling in chosen:
+            fixed: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 20, "seed": 3}
+            answer = client.completions.create(**fixed, **sampling)
+            wanted = {**sampling, "top_p": sampling.get("top_p", 0.95) or 1e-9}
+            assert answer.choices[0].text == expected(workspace, ids, 20, 3, **wanted)
+        extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.3}
+        answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=20, seed=3, extra_body=extra)
+        assert answer.choices[0].text == expected(workspace, ids, 20, 3, **extra)
+
+    def test_choices_and_prompts(self, client: openai.OpenAI, workspace: Workspace) -> None:
+        """Every prompt has n choices; choice i has seed + i."""
+        ids = workspace.tokenizer.encode(PROMPT)
+        answer = client.completions.create(model=MODEL, prompt=[PROMPT, "def"], n=2, max_tokens=9, seed=3)
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        assert [choice.text for choice in answer.choices[:2]] == [expected(workspace, ids, 9, 3 + i) for i in (0, 1)]
+        as_ids = client.completions.create(model=MODEL, prompt=ids, max_tokens=9, seed=3)
+        assert as_ids.choices[0].text == answer.choices[0].text
+
+    def test_a_stop_text_is_not_part_of_the_answer(self, client: openai.OpenAI) -> None:
+        settings: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 60, "seed": 3}
+        text = client.completions.create(**settings).choices[0].text
+        stop = text[10:12]
+        answer = client.completions.create(**settings, stop=[stop, "never there"]).choices[0]
+        assert answer.text == text[: text.index(stop)]
+        assert answer.finish_reason == "stop"
+
+    def test_echo(self, client: openai.OpenAI) -> None:
+        settings: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 9, "seed": 3, "echo": True}
+        text = client.completions.create(**settings).choices[0].text
+        assert text.startswith(PROMPT) and len(text) > len(PROMPT)
+        parts = [chunk.choices[0].text for chunk in client.completions.create(**settings, stream=True)]
+        assert "".join(parts) == text
+
+    def test_it_ends_where_the_context_ends(self, client: openai.OpenAI, workspace: Workspace) -> None:
+        prompt = workspace.tokenizer.encode(PROMPT * 100)
+        prompt = (prompt * (CONTEXT // len(prompt) + 1))[: CONTEXT - 5]
+        answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=100, temperature=0)
+        assert answer.usage is not None and answer.usage.completion_tokens <= 5
+
+
+class TestChat:
+    def test_the_answer_is_that_of_the_template(self, client: openai.OpenAI, workspace: Workspace) -> None:
+        ids, _ = chat_prompt(workspace.tokenizer, TALK, CONTEXT, 0)
+        answer = client.chat.completions.create(model=MODEL, messages=TALK, max_completion_tokens=20, seed=4)
+        assert answer.choices[0].message.content == expected(workspace, ids, 20, 4)
+        assert answer.choices[0].message.role == "assistant"
+        assert answer.usage is not None and answer.usage.prompt_tokens == len(ids)
+
+    def test_parts_developer_and_the_answer_sent_back(self, client: openai.OpenAI) -> None:
+        settings: dict[str, Any] = {"model": MODEL, "max_tokens": 5, "seed": 4}
+        plain = client.chat.completions.create(messages=TALK, **settings)
+        parts: Any = [
+            {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+            TALK[1],
+        ]
+        assert client.chat.completions.create(messages=parts, **settings).choices == plain.choices
+        client.chat.completions.create(messages=[*TALK, plain.choices[0].message, TALK[1]], **settings)
+
+    def test_a_model_that_was_not_tuned_on_messages_says_so(self, workspace: Workspace) -> None:
+        with serving(workspace.folder, "--model-name", "base") as other:
+            assert not other.client().models.retrieve("base").model_dump()["chat"]
+            with pytest.raises(openai.BadRequestError, match="not fine-tuned on messages.*/v1/completions"):
+                other.client().chat.completions.create(model="base", messages=TALK)
+            assert other.stop() == 0
+
+
+class TestStreams:
+    def test_the_chunks_joined_are_the_answer(self, client: openai.OpenAI) -> None:
+        settings: dict[str, Any] = {"model": MODEL, "messages": TALK, "max_tokens": 30, "seed": 5, "n": 2}
+        whole = client.chat.completions.create(**settings)
+        texts, finishes = ["", ""], ["", ""]
+        usage: Any = None
+        for chunk in client.chat.completions.create(**settings, stream=True, stream_options={"include_usage": True}):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                finishes[choice.index] = choice.finish_reason or ""
+            usage = chunk.usage or usage
+        assert texts == [choice.message.content for choice in whole.choices]
+        assert finishes == [choice.finish_reason for choice in whole.choices]
+        assert usage == whole.usage
+
+    def test_the_text_comes_while_it_is_written(self, client: openai.OpenAI, server: Server) -> None:
+        stream = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=CONTEXT, seed=1, stream=True)
+        first = next(stream)
+        assert first.choices[0].model_dump()["finish_reason"] is None
+        assert server.metric("quern_running_sequences") == 1
+        stream.close()
+
+    def test_as_bytes_it_is_what_the_standard_says(self, server: Server) -> None:
+        answer = server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 3, "stream": True})
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        *events, done, end = answer.text.split("\n\n")
+        assert events and all(event.startswith('data: {"') for event in events)
+        assert (done, end) == ("data: [DONE]", "")
+        assert '"usage"' not in answer.text
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "temperature below zero": ({"temperature": -1}, "temperature"),
+    "top_p of two": ({"top_p": 2}, "top_p"),
+    "a word for a number": ({"temperature": "hot"}, "temperature"),
+    "yes for a number": ({"max_tokens": True}, "max_tokens"),
+    "no tokens": ({"max_tokens": 0}, "max_tokens"),
+    "no number": ({"temperature": float("nan")}, "temperature"),
+    "too many choices": ({"n": 100}, "n"),
+    "an empty stop text": ({"stop": [""]}, "stop"),
+    "usage of no stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
+    "a spelling mistake": ({"temprature": 1}, "temprature"),
+    "what it lacks": ({"suffix": "end"}, "suffix"),
+    "an unknown token": ({"prompt": [1, 300]}, "prompt"),
+    "half a character": ({"prompt": "\ud800"}, "prompt"),
+    "a prompt of another kind": ({"prompt": {"text": "x"}}, "prompt"),
+}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("case", REFUSED)
+    def test_a_sentence_names_the_field(self, server: Server, case: str) -> None:
+        fields, named = REFUSED[case]
+        answer = server.post("/v1/completions", {"prompt": PROMPT, **fields})
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert (error["param"], error["type"]) == (named, "invalid_request_error")
+        assert f"'{named}'" in error["message"] and error["message"].endswith(".")
+
+    def test_a_prompt_that_is_too_long(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError, match=r"2,048 tokens.*your prompt resulted in 2,100") as caught:
+            client.completions.create(model=MODEL, prompt=[5] * 2100)
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "х" * 5000}])
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+
+    def test_another_model(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.NotFoundError, match="'gpt-4' does not exist.*'small-run/7'") as caught:
+            client.completions.create(model="gpt-4", prompt=PROMPT)
+        assert caught.value.code == "model_not_found"
+
+    @pytest.mark.parametrize(
+        ("messages", "named"),
+        [
+            ([], "messages"),
+            ([{"role": "tool", "content": "x"}], "messages[0].role"),
+            ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content"),
+            ([{"role": "user"}], "messages[0].content"),
+            ([TALK[1], TALK[0]], "messages"),
+        ],
+    )
+    def test_messages_that_are_none(self, client: openai.OpenAI, messages: Any, named: str) -> None:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model=MODEL, messages=messages)
+        assert caught.value.param == named
+
+    def test_bodies_that_are_no_json(self, server: Server) -> None:
+        for body in ("{", "", "[" * 100_000, b"\xff\xfe", "[]", '"text"', '{"seed": 1' + "0" * 5000 + "}"):
+            answer = server.post("/v1/completions", body)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+        answer = server.post("/v1/completions", {"prompt": PROMPT}, **{"content-type": "text/plain"})
+        assert answer.status_code == 415
+
+    def test_addresses_and_methods(self, server: Server) -> None:
+        assert httpx.get(f"{server.address}/v1/nothing").json()["error"]["code"] == "unknown_url"
+        answer = httpx.get(f"{server.address}/v1/completions")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
+
+
+class TestPage:
+    def test_it_comes_with_a_strict_policy_and_nothing_from_elsewhere(self, server: Server) -> None:
+        page = httpx.get(f"{server.address}/")
+        assert page.headers["content-type"].startswith("text/html") and "<title>Quern" in page.text
+        policy = page.headers["content-security-policy"]
+        for part in ("default-src 'none'", "script-src 'self'", "frame-ancestors 'none'", "form-action 'none'"):
+            assert part in policy.split("; ")
+        assert page.headers["x-content-type-options"] == "nosniff"
+        assert "http:" not in page.text and "https:" not in page.text
+
+    def test_its_parts(self, server: Server) -> None:
+        for name, kind in (("page.js", "text/javascript"), ("page.css", "text/css")):
+            part = httpx.get(f"{server.address}/page/{name}")
+            assert (part.status_code, part.headers["content-type"].partition(";")[0]) == (200, kind)
+
+    def test_other_files_are_out_of_reach(self, server: Server) -> None:
+        for path in ("/page/../server/app.py", "/page/%2e%2e/server/app.py", "/page/..%2fengine.py", "/page/nothing"):
+            assert httpx.get(f"{server.address}{path}").status_code == 404
+
+    def test_no_other_site_may_read_or_send(self, server: Server) -> None:
+        asked = {"origin": "https://example.com", "access-control-request-method": "POST"}
+        answer = httpx.options(f"{server.address}/v1/completions", headers=asked)
+        assert answer.status_code == 405
+        assert not [name for name in answer.headers if name.startswith("access-control")]
