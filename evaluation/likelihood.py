@@ -167,8 +167,10 @@ def _score(model: Transformer, groups: Sequence[_Group]) -> Tensor:
         # The row of a context serves its first continuation; the others get copies, in the rows after all contexts.
         firsts = [row for row in range(len(owners)) if row == 0 or owners[row] != owners[row - 1]]
         order = [*firsts, *sorted(set(range(len(owners))) - set(firsts))]
-        for place, row in enumerate(order[len(groups) :], len(groups)):
-            cache.copy_row(owners[row], place)
+        context_of = torch.tensor([owners[row] for row in order], device=device)
+        for memory in (cache.keys, cache.values):
+            memory[:, len(groups) :] = memory[:, context_of[len(groups) :]]
+        cache.set_lengths(ends[context_of])
         rest = model(_padded([targets[row][:-1] for row in order], device), cache=cache).float().log_softmax(-1)
         wanted = _padded([targets[row][1:] for row in order], device, missing=-1)
         picked = rest.gather(2, wanted.clamp(min=0)[..., None])[..., 0].masked_fill(wanted < 0, 0.0).sum(1)

@@ -74,6 +74,11 @@ def _load(manager: Any, names: list[str]) -> dict[str, Any]:
     except Exception as error:  # task files are code of others, and their data comes from anywhere
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"The tasks {', '.join(names)} cannot be loaded: {reason}") from error
+    for name, task in found["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(f"The task {name} runs programs that the model writes, which is not done here.")
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"The task {name} shows pictures or plays sounds, and the models here read text alone.")
     return found
 
 

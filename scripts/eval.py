@@ -98,6 +98,8 @@ def evaluate(
     """
     config = resolve(recipe, overrides, print_config)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        raise UserError("--tasks names no task. Name one or more, such as --tasks quern or --tasks hellaswag,arc_easy.")
     for_text = {"--text": text, "--source": source, "--stride": stride}
     for_tasks = {"--include-path": include_path, "--fewshot": fewshot, "--limit": limit, "--core-files": core_files}
     _refuse_mixture(for_text if names else for_tasks, bool(names))

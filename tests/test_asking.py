@@ -14,7 +14,8 @@ from config.errors import UserError
 from config.load import load_config
 from scripts.eval import evaluate as eval_command
 from scripts.train import train as train_command
-from tests.small_runs import SMALL, RandomSamples, read_checkpoint, train_here, write_corpus
+from tests.small_runs import SMALL, RandomSamples, command, metrics, read_checkpoint, train_here, write_corpus
+from tests.test_distributed import TWO
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +92,17 @@ def test_asking_leaves_the_run_as_it_is_and_gives_the_figure_of_the_command(fold
 def test_what_is_refused(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config([], [override])
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one_does(folder: Path) -> None:
+    """Whether each holds the whole model, and takes a share of the questions, or a part of it, and answers them all."""
+    write_corpus(folder)
+    settings = [*SMALL, "training.task_interval=4", "training.task_questions=10", "training.max_steps=4"]
+    settings += ["training.optimizer=adamw", "training.micro_batch_size=4"]
+    ways = {"one": [], "ddp": ["training.parallelism=ddp"], "fsdp": ["training.parallelism=fsdp"]}
+    for name, way in ways.items():
+        script = ["distributed_train", *TWO] if way else ["train", "training.device=cpu"]
+        command(folder, *script, *settings, *way, f"training.run_name={name}", f"training.checkpoint_dir={name}")
+    found = [metrics(Path("runs") / name)[-1]["task_accuracy"] for name in ways]
+    assert found == pytest.approx([found[0]] * 3, abs=1e-9) and found[0] > 0

@@ -285,6 +285,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tasks": "quern_clozee"}, "no task quern_clozee. Did you mean quern_cloze"),
     ({"tasks": "helaswag"}, "Did you mean hellaswag"),
     ({"tasks": "quern", "include_path": [Path("nowhere")]}, "nowhere is no folder"),
+    ({"tasks": " ,"}, "--tasks names no task"),
     ({"tasks": "quern", "text": [Path("x")]}, "--text is for text"),
     ({"tasks": "quern", "stride": 3}, "--stride is for text"),
     ({"limit": 3}, "--limit goes with --tasks"),
@@ -304,6 +305,7 @@ def test_what_is_refused_before_the_checkpoint_is_looked_for(options: dict[str, 
     ("change", "message"),
     [
         (lambda text: text.replace("choice.jsonl", "nowhere.jsonl"), "cannot be loaded: .*nowhere.jsonl"),
+        (lambda text: text + "unsafe_code: true\n", "runs programs that the model writes"),
         (lambda text: text.replace("max_gen_toks: 12", "num_beams: 4"), "asks for num_beams"),
     ],
 )
