@@ -114,6 +114,7 @@ def figures(subjects: Sequence[Subject]) -> list[tuple[str, list[float | None]]]
         *(row(label, last(key)) for key, label in AXES.items()),
         row("training loss, last", last("loss")),
         row("validation loss, last", last("validation_loss")),
+        row("accuracy in questions, last", last("task_accuracy")),
         row("validation loss, lowest", lambda subject: min(_losses(subject), default=None)),
         *(
             row(f"{name}: {figure.replace('_', ' ')}", on_text(name, figure))

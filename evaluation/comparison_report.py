@@ -21,7 +21,11 @@ from evaluation.compare import (
     reached,
 )
 
-_CURVES = {"validation_loss": "validation loss", "loss": "training loss"}
+_CURVES = {
+    "validation_loss": "validation loss",
+    "loss": "training loss",
+    "task_accuracy": "accuracy in the questions asked in training",
+}
 
 
 def print_comparison(subjects: Sequence[Subject]) -> None:

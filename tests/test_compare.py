@@ -87,6 +87,7 @@ def make_run(folder: Path, shift: float, share: float, *overrides: str, factor: 
             "flops": 1e12 * step * factor,
             "seconds": 2.0 * step,
             "loss": 6.0 - step / 10,
+            "task_accuracy": 0.25 + share * step / 100 if step % 5 == 0 else None,
             "validation_loss": 6.5 - step / 10 + shift if step % 4 == 0 else None,
         }
         for step in range(1, 21)
@@ -159,12 +160,13 @@ def test_the_command_prints_tables_and_writes_one_page(runs: Path, capsys: pytes
     printed = capsys.readouterr().out
     assert re.search(r"model\.n_layers │ +4 │ +3 │", printed)
     assert re.search(r"validation: loss +│ +b │ +-0\.2000 │ .* │ < 0\.001 │", printed)
+    assert re.search(r"accuracy in questions, last +│ +0\.3500 │ +0\.4400 │", printed)
     assert re.search(r"tokens +│ +2,000 │ +3,600 │", printed) and "down to 4.5000" in printed
     assert "Written to out/page.html" in printed
     text = Path("out/page.html").read_text(encoding="utf-8")
     page = Text(text)
     assert "script" not in page.tags and not page.addresses and "http" not in text.replace("http-equiv", "")
-    assert page.tags.count("svg") == 8 and page.tags.count("polyline") == 16
+    assert page.tags.count("svg") == 12 and page.tags.count("polyline") == 24
     words = " ".join(" ".join(page.words).split())
     for part in ("over tokens", "over floating-point operations", "over seconds", "model.n_layers 4 3", "-0.2000"):
         assert part in words
