@@ -6,17 +6,14 @@ nobody can end a turn or speak in another role by writing `<|end|>` or `<|system
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any, NoReturn
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from config.errors import UserError
-from data.tokenization.special import ASSISTANT, END, END_OF_TEXT, SYSTEM, USER, split_special
+from data.tokenization.special import ASSISTANT, END, SYSTEM, USER, split_special
 
 if TYPE_CHECKING:
-    from jinja2 import Template
-
     from data.tokenization.protocol import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -30,6 +27,10 @@ DEFAULT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+GENERATED, GENERATED_END = "\ue002", "\ue003"
+BLANK = "\x1f"
+MARK = re.compile(f"(?P<left>{BLANK}?)\ue000(?P<number>[0-9]+)\ue001(?P<right>{BLANK}?)|{GENERATED}|{GENERATED_END}")
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -106,85 +107,90 @@ def _parts(
 ) -> list[tuple[str | int, bool]]:
     """What the template writes and what the messages say, in order: text or special id, and whether it is trained.
 
-    The template is rendered with a marker in place of each content, so that the two can be told apart.
+    The template is rendered with a marker in place of each content, so that the two can be told apart. White space at
+    the ends of a marker shows which contents the template trims.
     """
-    markers = [f"\ue000{number}\ue001" for number in range(len(messages))]
-    marked = [{"role": message["role"], "content": marker} for message, marker in zip(messages, markers)]
-    text = _render(tokenizer, marked, add_generation_prompt)
+    marked = [{**message, "content": f"{BLANK}\ue000{n}\ue001{BLANK}"} for n, message in enumerate(messages)]
+    text = _render(tokenizer, marked, add_generation_prompt, marked=True)
     rendered = _render(tokenizer, messages, add_generation_prompt)
-    for contents in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
-        if _fill(text, markers, contents) == rendered:
+    for trim in (str, _without_line_ends, _without_first_line_ends):
+        contents = [trim(message["content"]) for message in messages]
+        pieces = list(_pieces(text, contents))
+        if "".join(piece for _, piece in pieces) == rendered:
             break
     else:
         raise UserError(
             "The tokenizer's chat template changes what the messages say, so they cannot be encoded safely."
         )
-    parts: list[tuple[str | int, bool]] = []
-    ending = False
-    for message, marker, content in zip(messages, markers, contents):
-        before, found, text = text.partition(marker)
-        if not found:
-            text = before
+    answers = [message["role"] == "assistant" for message in messages]
+    if GENERATED in text:
+        return _as_marked(tokenizer, pieces)
+    return _as_answers(tokenizer, pieces, answers)
+
+
+def _without_line_ends(content: str) -> str:
+    return content.strip("\n")
+
+
+def _without_first_line_ends(content: str) -> str:
+    return content.lstrip("\n")
+
+
+def _pieces(text: str, contents: Sequence[str]) -> Iterator[tuple[int | str | None, str]]:
+    """The pieces of a marked text: what it says, and whose it is, the number of a message or None for the template.
+
+    Where the template marks what is generated, the mark comes in place of whose it is, with nothing said.
+    """
+    end = 0
+    for found in MARK.finditer(text):
+        yield None, text[end : found.start()]
+        end = found.end()
+        if found["number"] is None:
+            yield found[0], ""
             continue
-        parts += _template_parts(tokenizer, before, ending)
-        ending = message["role"] == "assistant"
-        parts.append((content, ending))
-    return parts + _template_parts(tokenizer, text, ending)
+        content = contents[int(found["number"])]
+        content = content if found["left"] else content.lstrip()
+        yield int(found["number"]), content if found["right"] else content.rstrip()
+    yield None, text[end:]
 
 
-def _fill(text: str, markers: Sequence[str], contents: Sequence[str]) -> str:
-    filled = ""
-    for marker, content in zip(markers, contents):
-        before, found, after = text.partition(marker)
-        filled, text = (filled + before + content, after) if found else (filled, text)
-    return filled + text
-
-
-def _template_parts(tokenizer: Tokenizer, text: str, ending: bool) -> list[tuple[str | int, bool]]:
-    """What the template wrote; after an answer (`ending`), all up to the first special token belongs to the answer."""
+def _as_marked(tokenizer: Tokenizer, pieces: Sequence[tuple[int | str | None, str]]) -> list[tuple[str | int, bool]]:
+    """Parts of which those are trained that the template marks as generated."""
     parts: list[tuple[str | int, bool]] = []
-    for part in split_special(text, tokenizer.special_tokens):
-        parts.append((part, ending))
-        ending = ending and isinstance(part, str)
+    trained = False
+    for owner, text in pieces:
+        trained = owner == GENERATED if isinstance(owner, str) else trained
+        written = split_special(text, tokenizer.special_tokens) if owner is None else [text]
+        parts += [(part, trained) for part in written]
     return parts
 
 
-def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
+def _as_answers(
+    tokenizer: Tokenizer, pieces: Sequence[tuple[int | str | None, str]], answers: Sequence[bool]
+) -> list[tuple[str | int, bool]]:
+    """Parts of which answers are trained, and what the template writes after them up to the first special token."""
+    parts: list[tuple[str | int, bool]] = []
+    ending = False
+    for owner, text in pieces:
+        if isinstance(owner, int):
+            ending = answers[owner]
+            parts.append((text, ending))
+            continue
+        for part in split_special(text, tokenizer.special_tokens):
+            parts.append((part, ending))
+            ending = ending and isinstance(part, str)
+    return parts
+
+
+def _render(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool, *, marked: bool = False
+) -> str:
+    from data.tokenization.templates import render
 
     if tokenizer.chat_template is None:
         names = ", ".join(sorted(TEMPLATE_TOKENS))
         raise UserError(
             f"The tokenizer has no chat template. Train one whose data.tokenizer.special_tokens hold {names}."
         )
-    try:
-        return _compiled(tokenizer.chat_template).render(
-            messages=messages,
-            add_generation_prompt=add_generation_prompt,
-            bos_token=END_OF_TEXT,
-            eos_token=END_OF_TEXT,
-        )
-    except TemplateError as error:
-        raise UserError(f"The chat template refuses the messages: {error}.") from error
-
-
-@cache
-def _compiled(template: str) -> Template:
-    """The template in a sandbox, with the functions that chat templates of the field rely on."""
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    return environment.from_string(template)
-
-
-def _raise(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    values = {"messages": messages, "add_generation_prompt": add_generation_prompt, **tokenizer.named_tokens}
+    return render(tokenizer.chat_template, values, marked=marked)

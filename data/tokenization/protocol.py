@@ -45,6 +45,10 @@ class Tokenizer(Protocol):
         """Jinja template of a conversation, in the form that Hugging Face's tokenizers have; None if there is none."""
 
     @property
+    def named_tokens(self) -> Mapping[str, str]:
+        """The special tokens that chat templates know by their office: "bos_token", "eos_token", "pad_token"."""
+
+    @property
     def encoder(self) -> str:
         """Name of the library behind `encode_batch`; the first use checks it against the reference library.
 

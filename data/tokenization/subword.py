@@ -103,6 +103,11 @@ class SubwordTokenizer:
         return self.special_tokens.get(PAD, self.end_of_text_id)
 
     @property
+    def named_tokens(self) -> Mapping[str, str]:
+        pad = PAD if PAD in self.special_tokens else END_OF_TEXT
+        return {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": pad}
+
+    @property
     def fingerprint(self) -> str:
         return self.backend.fingerprint
 
@@ -158,9 +163,7 @@ class SubwordTokenizer:
         """What `transformers` reads beside the model's file."""
         others = [name for name in self.special_tokens if name not in (END_OF_TEXT, PAD)]
         config: dict[str, Any] = {
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
-            "pad_token": PAD if PAD in self.special_tokens else END_OF_TEXT,
+            **self.named_tokens,
             "additional_special_tokens": others,
             "add_bos_token": False,
             "add_eos_token": False,
