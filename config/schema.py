@@ -144,7 +144,11 @@ class GenerationConfig(Section):
     top_k: Annotated[int, Field(ge=0)]
     top_p: Annotated[float, Field(gt=0.0, le=1.0)]
     min_p: Annotated[float, Field(ge=0.0, lt=1.0)]
+    typical_p: Annotated[float, Field(gt=0.0, le=1.0)]
     repetition_penalty: Rate
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)]
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)]
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100.0, le=100.0)]]
     stop: list[str]
     seed: int | None
     num_samples: PositiveInt

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from config.errors import UserError
-from inference.sampling import BatchSettings, SamplingSettings, as_int64, choose
+from inference.choosing import Chooser, Past, TokenLogprobs
+from inference.sampling import SamplingSettings
 from inference.slots import Slot, Slots
 from inference.text import Detokenizer, StopStrings
 from model.transformer import Transformer
@@ -36,6 +37,7 @@ class Request:
 
     Generation ends after `max_new_tokens`, at the end-of-text token, at one of `stop_tokens`, or at a text of `stop`.
     When the text fills the model's context, it goes on with the newest part of it, or ends if `context` is "stop".
+    With `logprobs`, every piece tells what the model thought of its token, and of that many likeliest ones.
     """
 
     prompt: Sequence[int]
@@ -45,6 +47,7 @@ class Request:
     stop: Sequence[str] = ()
     stop_tokens: Sequence[int] = ()
     context: Literal["slide", "stop"] = "slide"
+    logprobs: int | None = None
 
 
 class QueueFull(UserError):
@@ -63,6 +66,7 @@ class Piece:
     token: int
     text: str
     finish: FinishReason | None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -73,18 +77,8 @@ class _Sequence:
     detokenizer: Detokenizer
     stops: StopStrings
     stop_tokens: frozenset[int]
+    past: Past
     slot: Slot | None = None
-    drawn: int = 0
-    present: Tensor | None = None
-
-
-@dataclass(slots=True)
-class _Composition:
-    """What is known of the running sequences as tensors, as long as none joins or leaves."""
-
-    members: list[int]
-    settings: BatchSettings
-    seeds: Tensor
 
 
 class Engine:
@@ -105,7 +99,7 @@ class Engine:
         self._running: list[_Sequence] = []
         self._waiting: deque[_Sequence] = deque()
         self._submitted = 0
-        self._composition: _Composition | None = None
+        self._chooser: Chooser | None = None
 
     @property
     def busy(self) -> bool:
@@ -121,7 +115,7 @@ class Engine:
         """Queue a request; returns the number that its pieces carry.
 
         Raises `QueueFull` where too many wait, and `UserError` for a prompt that leaves a text which must not slide no
-        room.
+        room, or a bias of tokens that are none.
         """
         ids = list(request.prompt) or [self._tokenizer.end_of_text_id]
         context = self._model.config.context_length
@@ -138,12 +132,8 @@ class Engine:
             detokenizer=Detokenizer(self._tokenizer),
             stops=StopStrings(request.stop),
             stop_tokens=frozenset((self._tokenizer.end_of_text_id, *request.stop_tokens)),
+            past=Past(request, ids, self._tokenizer.vocab_size, self._sampling_device),
         )
-        if request.sampling.repetition_penalty != 1.0:
-            vocab_size = self._model.config.vocab_size
-            assert vocab_size is not None
-            sequence.present = torch.zeros(vocab_size, dtype=torch.bool, device=self._sampling_device)
-            sequence.present[torch.tensor(ids, device=self._sampling_device)] = True
         self._waiting.append(sequence)
         self._submitted += 1
         return sequence.number
@@ -166,7 +156,7 @@ class Engine:
             while self.busy:
                 for piece in self.step():
                     if piece.sequence in index:
-                        yield Piece(index[piece.sequence], piece.token, piece.text, piece.finish)
+                        yield replace(piece, sequence=index[piece.sequence])
         finally:
             for number in index:
                 self.cancel(number)
@@ -183,40 +173,25 @@ class Engine:
             return []
         owners = {id(sequence.slot): sequence for sequence in self._running}
         ready = [owners[id(slot)] for slot in slots]
-        if any(sequence.drawn == 0 for sequence in ready) and not bool(logits.isfinite().all()):
+        if any(sequence.past.drawn == 0 for sequence in ready) and not bool(logits.isfinite().all()):
             raise UserError("The weights of this checkpoint give no numbers (NaN or infinity). Use an earlier one.")
         pieces = []
-        for sequence, token in zip(ready, self._choose(ready, logits), strict=True):
-            pieces.append(self._accept(sequence, token))
+        for sequence, (token, logprobs) in zip(ready, self._choose(ready, logits), strict=True):
+            pieces.append(self._accept(sequence, token, logprobs))
             if pieces[-1].finish is not None:
                 self._release(sequence)
         return pieces
 
-    def _choose(self, running: Sequence[_Sequence], logits: Tensor) -> list[int]:
+    def _choose(self, running: Sequence[_Sequence], logits: Tensor) -> list[tuple[int, TokenLogprobs | None]]:
         """The next token of all that run; the one place in a step that waits for the device."""
-        device = self._sampling_device
-        members, batch = [sequence.number for sequence in running], self._composition
-        if batch is None or batch.members != members:
-            seeds = [as_int64(sequence.request.seed) for sequence in running]
-            batch = self._composition = _Composition(
-                members,
-                BatchSettings([sequence.request.sampling for sequence in running], device),
-                torch.tensor(seeds, device=device),
-            )
-        present = None
-        if batch.settings.repetition_penalty is not None:
-            nothing = torch.zeros(logits.shape[1], dtype=torch.bool, device=device)
-            present = torch.stack([nothing if one.present is None else one.present for one in running])
-        drawn = torch.tensor([sequence.drawn for sequence in running], device=device)
-        tokens: list[int] = choose(logits.to(device).float(), batch.settings, present, batch.seeds, drawn).tolist()
-        return tokens
+        pasts = [sequence.past for sequence in running]
+        if self._chooser is None or not self._chooser.serves(pasts):
+            self._chooser = Chooser(pasts, self._tokenizer.vocab_size, self._sampling_device)
+        return self._chooser(logits)
 
-    def _accept(self, sequence: _Sequence, token: int) -> Piece:
+    def _accept(self, sequence: _Sequence, token: int, logprobs: TokenLogprobs | None) -> Piece:
         """Append a drawn token to its sequence; work out the text it makes certain, and whether it is the last."""
         sequence.ids.append(token)
-        sequence.drawn += 1
-        if sequence.present is not None:
-            sequence.present[token] = True
         finish: FinishReason | None = None
         stops = sequence.stops
         if token in sequence.stop_tokens:
@@ -230,11 +205,11 @@ class Engine:
             finish = "stop"
         elif finish is not None:
             text += stops.flush()
-        return Piece(sequence.number, token, text, finish)
+        return Piece(sequence.number, token, text, finish, logprobs)
 
     def _is_full(self, sequence: _Sequence) -> bool:
         limited = sequence.request.context == "stop" and len(sequence.ids) >= self._model.config.context_length
-        return limited or sequence.drawn >= sequence.request.max_new_tokens
+        return limited or sequence.past.drawn >= sequence.request.max_new_tokens
 
     def _release(self, sequence: _Sequence) -> None:
         """Free a running sequence's row."""

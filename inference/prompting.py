@@ -29,6 +29,10 @@ def make_requests(
         top_p=settings.top_p,
         min_p=settings.min_p,
         repetition_penalty=settings.repetition_penalty,
+        typical_p=settings.typical_p,
+        presence_penalty=settings.presence_penalty,
+        frequency_penalty=settings.frequency_penalty,
+        logit_bias=tuple(settings.logit_bias.items()),
     )
     return [
         Request(prompt, settings.max_new_tokens, sampling, seed + sample, tuple(settings.stop), tuple(stop_tokens))

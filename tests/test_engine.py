@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from config.errors import UserError
 from config.load import load_config, with_vocab_size
-from inference.engine import Engine, QueueFull, Request
+from inference.engine import Engine, Piece, QueueFull, Request
 from inference.prompting import make_requests, sample_text
 from inference.sampling import BatchSettings, SamplingSettings, as_int64, choose
 from inference.text import Detokenizer, StopStrings
@@ -54,6 +55,7 @@ def uncached(model: Transformer, request: Request) -> list[int]:
     """The tokens of `request` from whole forward passes over the window, up to the end of text."""
     ids = list(request.prompt)
     batch = BatchSettings([request.sampling])
+    seed = torch.tensor([as_int64(request.seed)])
     for step in range(request.max_new_tokens):
         start = 0
         while len(ids) - start > CONTEXT:
@@ -62,7 +64,8 @@ def uncached(model: Transformer, request: Request) -> list[int]:
             logits = model(torch.tensor([ids[start:]]))[:, -1]
         present = torch.zeros_like(logits, dtype=torch.bool)
         present[0, ids] = True
-        token = choose(logits, batch, present, torch.tensor([as_int64(request.seed)]), torch.tensor([step]))
+        counts = torch.bincount(torch.tensor(ids[len(request.prompt) :]).long(), minlength=logits.shape[1])[None]
+        token = choose(logits, batch, seed, torch.tensor([step]), present, counts)
         ids.append(int(token))
         if token == TOKENIZER.end_of_text_id:
             break
@@ -73,7 +76,7 @@ def uncached(model: Transformer, request: Request) -> list[int]:
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
 def test_cached_generation_equals_uncached_generation(kind: str, length: int) -> None:
     """Prompts below, at and beyond the context of 32 tokens, and texts that outgrow it."""
-    for sampling in (SamplingSettings(temperature=0.0), SamplingSettings(0.9, 50, 0.95, 0.01, 1.2)):
+    for sampling in (SamplingSettings(temperature=0.0), SamplingSettings(0.9, 50, 0.95, 0.01, 1.2, 0.9, 1, 0.4)):
         request = Request(LONG[:length], 60, sampling, seed=length)
         assert run([request], model=MODELS[kind])[0][0] == uncached(MODELS[kind], request)
 
@@ -89,6 +92,10 @@ requests_of_all_kinds = st.builds(
         top_p=st.sampled_from([0.5, 0.9, 1.0]),
         min_p=st.sampled_from([0.0, 0.05]),
         repetition_penalty=st.sampled_from([1.0, 1.5]),
+        typical_p=st.sampled_from([0.7, 1.0]),
+        presence_penalty=st.sampled_from([0.0, 1.0]),
+        frequency_penalty=st.sampled_from([0.0, -0.5]),
+        logit_bias=st.sampled_from([(), ((40, 3.0), (7, -100.0))]),
     ),
     seed=st.integers(-(2**70), 2**70),
     stop=st.lists(st.sampled_from(["e", "th", "\n", "х"]), max_size=2),
@@ -106,6 +113,54 @@ def computed(requests: Sequence[Request], slots: int) -> int:
     engine = Engine(MODEL, TOKENIZER, slots)
     list(engine.generate(requests))
     return engine.computed_tokens
+
+
+def test_penalties_stay_with_their_sequence_as_others_come_and_go() -> None:
+    """The counts of a sequence follow it from batch to batch."""
+    settings = [SamplingSettings(0.8, repetition_penalty=1.5), SamplingSettings(0.8, frequency_penalty=2.0)]
+    settings += [SamplingSettings(0.8), SamplingSettings(0.8, presence_penalty=2.0, repetition_penalty=1.2)]
+    requests = [Request(LONG[:5], 3 + 7 * n, each, n) for n, each in enumerate([*settings, *settings[::-1]])]
+    for (tokens, _, _), request in zip(run(requests, slots=3), requests, strict=True):
+        assert tokens == uncached(MODEL, request)
+
+
+def test_a_bias_bans_and_forces_tokens() -> None:
+    forced = SamplingSettings(logit_bias=((77, 100.0), (5, -100.0)))
+    assert run([Request(LONG[:5], 6, forced)])[0][0] == [77] * 6
+    with pytest.raises(UserError, match="there is no token 300; this vocabulary has 0 to 299"):
+        Engine(MODEL, TOKENIZER).submit(Request(LONG[:5], 6, SamplingSettings(logit_bias=((300, 1.0),))))
+
+
+def test_log_probabilities_are_those_of_the_model_and_come_only_where_asked() -> None:
+    """Of the model's own distribution, whatever temperature, penalties and filters do."""
+    sampling = SamplingSettings(temperature=2.0, top_k=40, frequency_penalty=1.0)
+    asked: list[int | None] = [3, None, 0, 1000]
+    requests = [Request(LONG[: 4 + n], 8, sampling, n, logprobs=count) for n, count in enumerate(asked)]
+    pieces: list[list[Piece]] = [[] for _ in requests]
+    for piece in Engine(MODEL, TOKENIZER, slots=3).generate(requests):
+        pieces[piece.sequence].append(piece)
+    for request, of_request in zip(requests, pieces, strict=True):
+        assert [piece.token for piece in of_request] == run([replace(request, logprobs=None)])[0][0]
+        ids = list(request.prompt)
+        for piece in of_request:
+            if request.logprobs is None:
+                assert piece.logprobs is None
+                continue
+            with torch.no_grad():
+                expected = MODEL(torch.tensor([ids]))[0, -1].log_softmax(-1)
+            found = piece.logprobs
+            assert found is not None and len(found.top) == min(request.logprobs, TOKENIZER.vocab_size)
+            assert found.logprob == pytest.approx(float(expected[piece.token]), abs=1e-4)
+            best = expected.topk(len(found.top))
+            assert [token for token, _ in found.top] == best.indices.tolist()
+            assert [value for _, value in found.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+            ids.append(piece.token)
+
+
+def test_a_model_with_more_logits_than_tokens_writes_tokens() -> None:
+    config = load_config([], [*SMALL, *LIVELY, "model.vocab_size=400"])
+    tokens = run([Request(LONG[:5], 100, SamplingSettings(5.0), logprobs=2)], model=Transformer(config.model).eval())
+    assert max(tokens[0][0]) < TOKENIZER.vocab_size
 
 
 def test_samples_of_one_prompt_share_its_prefill_and_nothing_else() -> None:
