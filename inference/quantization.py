@@ -46,6 +46,11 @@ class QuantizedLinear(nn.Module):
         """`x` `(..., in_features)` times the weights, made whole again for this product, plus the bias."""
         return F.linear(x, self.whole(x.dtype), self.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weights in float32, as a plain layer has them."""
+        return self.whole()
+
     def whole(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights `(out, in)` that the numbers stand for."""
         if self.bits == 8:

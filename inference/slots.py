@@ -6,7 +6,7 @@ so those that are being written go on meanwhile. What a row holds is not compute
 same way, such as a second sample of one prompt or the next turn of a conversation.
 
 A model sees at most `context_length` tokens. When a text grows past that, its oldest tokens are dropped, half a context
-at a time, and the rest is filled anew. Where the window begins depends on the length alone, so a prompt that is too long
+at a time, and the rest is filled anew. Where the window begins depends on the length alone, so a long prompt
 is cut just as a text that became too long.
 """
 

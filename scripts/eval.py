@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -68,6 +69,10 @@ CoreFiles = Annotated[
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Windows, or answers, per forward pass; changes the speed alone.")
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(metavar="int8|int4", help="Measure the weights in so many bits, and on text what that costs."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 
 
@@ -84,6 +89,7 @@ def evaluate(
     limit: Limit = None,
     core_files: CoreFiles = None,
     batch_size: BatchSize = None,
+    quantize: Quantize = None,
     as_json: Json = False,
     recipe: Recipe = None,
     print_config: PrintConfig = False,
@@ -96,7 +102,8 @@ def evaluate(
 
     With --tasks: accuracies and the like, and into tasks.json in the run's folder.
     """
-    config = resolve(recipe, overrides, print_config)
+    given = [f"generation.quantize={quantize}"] if quantize else []
+    config = resolve(recipe, [*(overrides or []), *given], print_config)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is not None and not names:
         raise UserError("--tasks names no task. Name one or more, such as --tasks quern or --tasks hellaswag,arc_easy.")
@@ -114,19 +121,35 @@ def evaluate(
         _check_tasks(names, include_path or [], core_files)
     with open_process(config.training.device) as process:
         judged = _open(checkpoint, config, process, batch_size)
+        from inference.quantization import quantize_
+
+        kind = config.generation.quantize
         if names:
+            quantize_(judged.model, kind)
             results = _in_tasks(judged, names, include_path or [], core_files, fewshot, limit)
             if process.is_main:
-                _report_tasks(results, judged, {"limit": limit}, as_json)
+                _report_tasks(results, judged, {"limit": limit, "quantize": kind}, as_json)
             return
         stride = _stride(stride, judged.model.config.context_length)
         held_out = _held_out(text, source, max_tokens, config, judged.tokenizer)
-        bars = progress()
-        bar = bars.add_task("Evaluating", total=len(held_out.tokens) - 1)
-        with bars if process.is_main else nullcontext():
-            found = judged.on_text(held_out, stride, lambda targets: bars.advance(bar, targets))
+        found = _on_text(judged, held_out, stride, process)
+        if kind != "none":
+            before = found.loss
+            quantize_(judged.model, kind)
+            found = _on_text(judged, held_out, stride, process)
+            if process.is_main:
+                cost = f"loss {before:.4f} -> {found.loss:.4f} ({found.loss - before:+.4f}), "
+                cost += f"perplexity {math.exp(before):.3f} -> {math.exp(found.loss):.3f}"
+                print(f"Weights in {kind} instead of as they were saved: {cost}", file=sys.stderr)
         if process.is_main:
-            _report(found, judged, held_out, stride, _file_name(text, source), as_json)
+            _report(found, judged, held_out, stride, kind, _file_name(text, source), as_json)
+
+
+def _on_text(judged: Judged, held_out: HeldOut, stride: int, process: Process) -> Evaluation:
+    bars = progress()
+    bar = bars.add_task("Evaluating", total=len(held_out.tokens) - 1)
+    with bars if process.is_main else nullcontext():
+        return judged.on_text(held_out, stride, lambda targets: bars.advance(bar, targets))
 
 
 def _refuse_mixture(options: Mapping[str, Any], tasks: bool) -> None:
@@ -275,7 +298,9 @@ def _report_tasks(results: Sequence[TaskResult], judged: Judged, how: Mapping[st
     print(f"Written to {written}. Next: python scripts/report.py", file=where)
 
 
-def _report(found: Evaluation, judged: Judged, held_out: HeldOut, stride: int, file_name: str, as_json: bool) -> None:
+def _report(
+    found: Evaluation, judged: Judged, held_out: HeldOut, stride: int, quantize: str, file_name: str, as_json: bool
+) -> None:
     from config.files import write_text
     from evaluation.report import print_table, to_json
 
@@ -285,6 +310,7 @@ def _report(found: Evaluation, judged: Judged, held_out: HeldOut, stride: int, f
         "text": held_out.name,
         "context_length": context_length,
         "stride": stride,
+        "quantize": quantize,
         "tokenizer_fingerprint": judged.info.tokenizer_fingerprint,
     }
     sources = held_out.by_source(found, context_length)

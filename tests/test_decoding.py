@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,16 @@ from torch import Tensor, nn
 
 from config.load import load_config, with_vocab_size
 from inference.cpu import CPUModel
+from inference.engine import Engine, Request
+from inference.loading import load_for_generation
 from inference.quantization import Quantize, QuantizedLinear, quantize_
 from inference.runners import BLOCK, Chunk, CPURunner, ModelRunner, make_runner
+from inference.sampling import SamplingSettings
 from model.cache import KVCache
 from model.transformer import Transformer
+from scripts.generate import generate
 from tests.test_engine import KINDS as ENGINE_KINDS
-from tests.workspace import LIVELY, SMALL
+from tests.workspace import LIVELY, SMALL, make_workspace
 
 KINDS = {
     **ENGINE_KINDS,
@@ -158,3 +163,20 @@ def test_four_bits_err_less_than_the_largest_weight_would_have_them() -> None:
     found = QuantizedLinear(weight, None, 4).whole()
     assert (found - weight).square().mean() < 0.85 * (plain - weight).square().mean()
     assert (QuantizedLinear(weight, None, 8).whole() - weight).square().mean() < 1e-4
+
+
+def test_a_checkpoint_is_loaded_in_the_type_and_bits_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace = make_workspace(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    plain = load_for_generation("latest", load_config([], []))
+    assert plain.model.token_embedding.weight.dtype == torch.float32 and not plain.chat and plain.info.step == 7
+    half = load_for_generation("latest", load_config([], ["generation.precision=bf16"]))
+    assert {weight.dtype for weight in half.model.parameters()} == {torch.bfloat16}
+    quantize_(workspace.model, "int8")
+    settings = SamplingSettings(temperature=0.0)
+    engine = Engine(workspace.model, workspace.tokenizer)
+    text = "".join(piece.text for piece in engine.generate([Request(workspace.tokenizer.encode("The"), 20, settings)]))
+    generate(prompt="The", quantize="int8", temperature=0.0, max_new_tokens=20)
+    assert capsys.readouterr().out == f"The{text}\n"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from config.load import load_config
 from data.tokens import TokenFiles
 from evaluation.bootstrap import ratio_interval
 from evaluation.perplexity import Evaluation, default_batch_size, evaluate_tokens
+from inference.quantization import quantize_
 from model.checkpoint import save_checkpoint
 from model.transformer import Transformer
 from scripts.eval import evaluate as eval_command
@@ -313,6 +316,21 @@ def test_a_text_file_is_scored_to_the_last_byte(workspace: Workspace, capsys: py
     assert (saved["tokens"], saved["bytes"]) == (len(ids), len(text.encode()))
     assert json.loads((workspace.folder / "checkpoints/evaluation-own.json").read_text()) == saved
     assert "checkpoints/evaluation-own.json" in printed.err
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_fewer_bits_cost_is_printed(workspace: Workspace, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    eval_command(overrides=[*EXACT, "training.runs_dir=elsewhere"], quantize=kind, as_json=True)
+    printed = capsys.readouterr()
+    before, saved = expected(workspace, TokenFiles(Path("corpus/tokens"), "val")), json.loads(printed.out)
+    assert saved["quantize"] == kind
+    line = f"Weights in {kind} instead of as they were saved: loss {before.loss:.4f} -> {saved['loss']:.4f} "
+    assert line in printed.err
+    quantized = copy.deepcopy(workspace.model)
+    quantize_(quantized, kind)  # type: ignore[arg-type]
+    wanted = expected(replace(workspace, model=quantized), TokenFiles(Path("corpus/tokens"), "val"))
+    assert saved["loss"] == pytest.approx(wanted.loss, rel=1e-6)
+    assert abs(saved["loss"] - before.loss) > 1e-5
 
 
 @pytest.mark.slow

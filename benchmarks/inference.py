@@ -1,0 +1,234 @@
+"""Decoding on a CPU: tokens a second, and their share of what the memory allows, beside the peers.
+
+    python -m benchmarks.inference
+    python -m benchmarks.inference model.variant=gpt2-small --rows 1 --rows 8 --rows 32
+    python -m benchmarks.inference --llama ../llama/bin/python --gguf small-f32.gguf --gguf small-q8_0.gguf
+
+All have the same random weights (a GGUF file is its maker's matter; the speed does not depend on the weights) and go on
+greedily from a prompt of 32 tokens. In every round each takes its turn at writing `--tokens` of them, and beside it the
+memory is read: a sum over 1 GiB of float32, with all threads. The share is that of the bytes of the weights that a
+token needs, times tokens a second of one row, in the bytes that were read a second in the same round. Peers: Hugging
+Face's `generate` on the exported model; the model's own forward pass on the same cache, which is what runs where there
+are no kernels; and llama.cpp, through a Python that has llama-cpp-python.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from config.command import Overrides, Recipe, run
+from config.load import load_config, with_vocab_size
+
+if TYPE_CHECKING:
+    from model.transformer import Transformer
+
+PROMPT = list(range(100, 132))
+LLAMA = """
+import sys, time
+from llama_cpp import Llama
+file, threads, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+llama = Llama(file, n_ctx=context, n_threads=threads, n_threads_batch=threads, use_mmap=False, verbose=False)
+for line in sys.stdin:
+    llama.reset()
+    llama.eval(list(range(100, 132)))
+    begin = time.perf_counter()
+    for _ in range(int(line)):
+        llama.eval([llama.sample(temp=0.0)])
+    print(time.perf_counter() - begin, flush=True)
+"""
+
+Write = Callable[[int], float]  # writes so many tokens in every row; seconds that took
+
+
+def compare(
+    config: Recipe = None,
+    overrides: Overrides = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Texts at once; may be repeated.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a turn.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Turns of each.")] = 5,
+    llama: Annotated[str | None, typer.Option(help="A Python with llama-cpp-python.")] = None,
+    gguf: Annotated[list[Path] | None, typer.Option(help="A file for it; may be repeated.")] = None,
+) -> None:
+    """Time decoding."""
+    from training.environment import calm_threads
+
+    calm_threads()
+    import torch
+
+    from inference.quantization import quantize_
+    from model.transformer import Transformer
+
+    settings = load_config([config] if config else [], overrides or ["model.variant=gpt2-small"])
+    model = Transformer(with_vocab_size(settings, settings.model.vocab_size or 32768).model).eval()
+    variants: dict[str, Transformer] = {"fp32": model, "bf16": copy.deepcopy(model).bfloat16()}
+    for kind in ("int8", "int4"):
+        variants[kind] = copy.deepcopy(model)
+        quantize_(variants[kind], kind)
+    for count in rows or [1]:
+        contenders: dict[str, tuple[Write, int]] = {
+            f"Quern, {name}": (ours(variant, count), weight_bytes(variant)) for name, variant in variants.items()
+        }
+        contenders["the model itself, fp32"] = forward(model, count), weight_bytes(model)
+        for name in ("fp32", "bf16"):
+            contenders[f"Hugging Face, {name}"] = hugging_face(variants[name], count), weight_bytes(variants[name])
+        if llama is not None and count == 1:
+            for file in gguf or []:
+                contenders[f"llama.cpp, {file.stem}"] = (
+                    llama_cpp(llama, file, model.config.context_length),
+                    file.stat().st_size,
+                )
+        _report(contenders, count, tokens, rounds, torch.get_num_threads())
+
+
+def _report(contenders: dict[str, tuple[Write, int]], rows: int, tokens: int, rounds: int, threads: int) -> None:
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    shares: dict[str, list[float]] = {name: [] for name in contenders}
+    memory = []
+    for write, _ in contenders.values():
+        write(2)
+    for _ in range(rounds):
+        for name, (write, size) in contenders.items():
+            read = bandwidth()
+            rate = tokens / write(tokens)
+            memory.append(read)
+            rates[name].append(rate * rows)
+            shares[name].append(rate * size / read)
+    title = f"{rows} rows, {threads} threads, {statistics.median(memory) / 1e9:.1f} GB/s read"
+    table = Table("", "tokens/s", "lowest", "highest", "MB per token", "share of the memory", title=title)
+    for name, values in rates.items():
+        share = f"{100 * statistics.median(shares[name]):.0f} %" if rows == 1 else ""
+        numbers = [f"{value:.1f}" for value in (statistics.median(values), min(values), max(values))]
+        table.add_row(name, *numbers, f"{contenders[name][1] / 1e6:.0f}", share)
+    Console(width=110).print(table)
+
+
+def bandwidth() -> float:
+    """Bytes a second that all threads together read of 1 GiB."""
+    import torch
+
+    if not _BIG:
+        _BIG.append(torch.ones(2**28))
+    begin = time.perf_counter()
+    _BIG[0].sum()
+    return 2**30 / (time.perf_counter() - begin)
+
+
+_BIG: list[Any] = []
+
+
+def weight_bytes(model: Transformer) -> int:
+    """What of the weights a token needs: all but the rows of embeddings that it does not look up."""
+    tensors = [*model.blocks.parameters(), *model.blocks.buffers()]
+    tensors += (
+        [model.token_embedding.weight] if model.head is None else [*model.head.parameters(), *model.head.buffers()]
+    )
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def ours(model: Transformer, rows: int) -> Write:
+    """The engine, as every command uses it."""
+    from inference.engine import Engine, Request
+    from inference.sampling import SamplingSettings
+
+    greedy = SamplingSettings(temperature=0.0)
+
+    def write(tokens: int) -> float:
+        engine = Engine(model, _NoText(), rows)  # type: ignore[arg-type]
+        for row in range(rows):
+            engine.submit(Request([*PROMPT[:-1], 200 + row], tokens + 1, greedy))
+        while len(engine.step()) < rows:
+            pass
+        begin = time.perf_counter()
+        for _ in range(tokens):
+            engine.step()
+        return time.perf_counter() - begin
+
+    return write
+
+
+class _NoText:
+    """What the engine needs of a tokenizer, without texts, which cost next to nothing; no token ends one."""
+
+    end_of_text_id = -1
+    vocab_size = 0
+
+    def decode_bytes(self, ids: Any, skip_special_tokens: bool = False) -> bytes:
+        """No text."""
+        return b""
+
+
+def forward(model: Transformer, rows: int) -> Write:
+    """The model's own forward pass, on the engine's cache."""
+    import torch
+
+    from inference.runners import Chunk, ModelRunner
+    from model.cache import KVCache
+
+    @torch.inference_mode()
+    def write(tokens: int) -> float:
+        runner = ModelRunner(model, KVCache(model.config, rows))
+        logits = runner.run([Chunk(row, 0, PROMPT) for row in range(rows)])
+        begin = time.perf_counter()
+        for step in range(tokens):
+            last = logits.argmax(dim=-1).tolist()
+            logits = runner.run([Chunk(row, len(PROMPT) + step, [last[row]]) for row in range(rows)])
+        return time.perf_counter() - begin
+
+    return write
+
+
+def hugging_face(model: Transformer, rows: int) -> Write:
+    """`generate` with its own defaults; the time of a prompt and one token is taken off."""
+    import torch
+    import transformers
+
+    from model.huggingface import to_huggingface
+
+    cast(Any, transformers).logging.set_verbosity_error()
+    theirs = to_huggingface(model).eval()
+    prompt = torch.tensor([PROMPT] * rows)
+
+    def timed(tokens: int) -> float:
+        begin = time.perf_counter()
+        how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, **how)
+        return time.perf_counter() - begin
+
+    return lambda tokens: timed(tokens + 1) - timed(1)
+
+
+def llama_cpp(python: str, file: Path, context: int) -> Write:
+    """llama.cpp in a process of its own, with as many threads."""
+    import torch
+
+    command = [python, "-c", LLAMA, str(file), str(torch.get_num_threads()), str(context)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+    def write(tokens: int) -> float:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(f"{tokens}\n")
+        process.stdin.flush()
+        return float(process.stdout.readline())
+
+    return write
+
+
+def main() -> None:
+    """Run the comparison as a command."""
+    run(compare)
+
+
+if __name__ == "__main__":
+    main()
