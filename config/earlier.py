@@ -36,6 +36,7 @@ BEFORE: dict[str, Any] = {
     "generation": {
         "precision": "auto",
         "quantize": "none",
+        "compile": False,
     },
 }
 

@@ -154,6 +154,7 @@ class GenerationConfig(Section):
     num_samples: PositiveInt
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     quantize: Literal["none", "int8", "int4"]
+    compile: bool
 
 
 class Config(Section):

@@ -84,18 +84,24 @@ class _Sequence:
 class Engine:
     """Runs up to `slots` sequences at once; further ones wait their turn, no more than `queue_limit` if there is one.
 
-    The model must be in evaluation mode; its device and dtype are those of the cache.
+    The model must be in evaluation mode; its device and dtype are those of the cache. With `compiled`, its steps go
+    through torch.compile, which takes a minute at first.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, slots: int = 1, queue_limit: int | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        slots: int = 1,
+        queue_limit: int | None = None,
+        compiled: bool = False,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         weight = model.token_embedding.weight
         # Sampling needs float64 and 64-bit integers, which Apple's GPUs lack.
         self._sampling_device = torch.device("cpu") if weight.device.type == "mps" else weight.device
-        self._slots, self._queue_limit = Slots(model, slots), queue_limit
+        self._slots, self._queue_limit = Slots(model, slots, compiled), queue_limit
         self._running: list[_Sequence] = []
         self._waiting: deque[_Sequence] = deque()
         self._submitted = 0
@@ -105,6 +111,11 @@ class Engine:
     def busy(self) -> bool:
         """Whether any sequence runs or waits."""
         return bool(self._running or self._waiting)
+
+    @property
+    def slots(self) -> int:
+        """How many sequences run at once."""
+        return self._slots.rows
 
     @property
     def computed_tokens(self) -> int:

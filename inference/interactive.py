@@ -45,6 +45,7 @@ class Session:
         self._printer = printer
         self._slots = slots
         self._messages: list[Message] = []
+        self._engine: Engine | None = None
 
     @property
     def settings(self) -> GenerationConfig:
@@ -106,13 +107,19 @@ class Session:
             prompt = self._tokenizer.encode(text.removeprefix(" ") if text.startswith(" /") else text)
         requests = make_requests(settings, prompt, seed_of(settings), stop_tokens)
         samples = Samples(len(requests), self._printer, lambda sample: self._begin(sample, len(requests)))
-        pieces = Engine(self._model, self._tokenizer, min(self._slots, len(requests))).generate(requests)
+        pieces = self._engine_of(min(self._slots, len(requests))).generate(requests)
         try:
             samples.show(pieces)
         except KeyboardInterrupt:
             self._printer.end_line()
         if self._chat:
             self._messages.append({"role": "assistant", "content": samples.texts[0]})
+
+    def _engine_of(self, slots: int) -> Engine:
+        """The engine of the last answer where it has as many slots: it still holds the conversation so far."""
+        if self._engine is None or self._engine.slots != slots:
+            self._engine = Engine(self._model, self._tokenizer, slots, compiled=self._start.generation.compile)
+        return self._engine
 
     def _begin(self, sample: int, count: int) -> None:
         if count > 1:

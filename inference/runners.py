@@ -34,8 +34,12 @@ class Runner(Protocol):
         """See the class."""
 
 
-def make_runner(model: Transformer, cache: KVCache) -> Runner:
-    """The fastest runner that can run `model`."""
+def make_runner(model: Transformer, cache: KVCache, compiled: bool = False) -> Runner:
+    """The fastest runner that can run `model`; a `compiled` one where that is asked for."""
+    if compiled:
+        from inference.compiled import CompiledRunner
+
+        return CompiledRunner(model, cache)
     return CPURunner(model, cache) if CPUModel.takes(model) else ModelRunner(model, cache)
 
 
@@ -75,7 +79,7 @@ class CPURunner:
         return self._kernels.run(tokens, rows, positions, ends)
 
     def _run_block(self, chunk: Chunk) -> Tensor:
-        return _run_rows(self._model, self._cache, [chunk])[0].float()
+        return run_rows(self._model, self._cache, [chunk])[0].float()
 
 
 class ModelRunner:
@@ -88,7 +92,7 @@ class ModelRunner:
         """See `Runner`."""
         logits: list[Tensor | None] = [None] * len(chunks)
         for group in _runs(chunks):
-            for place, row in zip(group, _run_rows(self._model, self._cache, [chunks[i] for i in group]), strict=True):
+            for place, row in zip(group, run_rows(self._model, self._cache, [chunks[i] for i in group]), strict=True):
                 logits[place] = row
         return torch.stack([row for row in logits if row is not None])
 
@@ -108,7 +112,7 @@ def _runs(chunks: Sequence[Chunk]) -> list[list[int]]:
     return groups
 
 
-def _run_rows(model: Transformer, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
+def run_rows(model: Transformer, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
     """One forward pass over neighbouring rows, padded on the right: logits `(chunks, vocab_size)`."""
     device = cache.lengths.device
     longest = max(len(chunk.tokens) for chunk in chunks)

@@ -53,13 +53,17 @@ class _Left:
 
 
 class Slots:
-    """`rows` rows for texts of `model`. `computed` counts the tokens that went through it."""
+    """`rows` rows for texts of `model`; with `compiled`, torch.compile makes its steps.
 
-    def __init__(self, model: Transformer, rows: int) -> None:
+    `computed` counts the tokens that went through it.
+    """
+
+    def __init__(self, model: Transformer, rows: int, compiled: bool = False) -> None:
         weight = model.token_embedding.weight
         self._context = model.config.context_length
         self._cache = KVCache(model.config, rows, device=weight.device, dtype=weight.dtype)
-        self._runner = make_runner(model, self._cache)
+        self._runner = make_runner(model, self._cache, compiled)
+        self.rows = rows
         self._taken: list[Slot] = []
         self._free = {row: _Left() for row in range(rows)}  # the longest free first
         self.computed = 0

@@ -154,7 +154,7 @@ def _write(config: Config, model: Transformer, tokenizer: Tokenizer, text: str, 
             printer.write(f"--- sample {sample + 1}, seed {seed + sample} ---\n")
         printer.write("" if chat else text)
 
-    engine = Engine(model, tokenizer, min(SLOTS, len(requests)))
+    engine = Engine(model, tokenizer, min(SLOTS, len(requests)), compiled=settings.compile)
     samples = Samples(len(requests), printer, begin)
     started = time.monotonic()
     samples.show(engine.generate(requests))

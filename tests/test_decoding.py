@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from config.load import load_config, with_vocab_size
+from inference.compiled import CompiledRunner
 from inference.cpu import CPUModel
 from inference.engine import Engine, Request
 from inference.loading import load_for_generation
@@ -180,3 +181,27 @@ def test_a_checkpoint_is_loaded_in_the_type_and_bits_that_are_asked_for(
     text = "".join(piece.text for piece in engine.generate([Request(workspace.tokenizer.encode("The"), 20, settings)]))
     generate(prompt="The", quantize="int8", temperature=0.0, max_new_tokens=20)
     assert capsys.readouterr().out == f"The{text}\n"
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_compiled_steps_give_the_same_and_compile_once() -> None:
+    """Texts that join, leave a gap, fill more than a block, and reach the end of the cache."""
+    wide = [*SMALL, *LIVELY, "model.context_length=600", "model.n_kv_heads=1", "model.window=40"]
+    model = Transformer(with_vocab_size(load_config([], [*wide, "model.window_pattern=SL"]), VOCABULARY).model).eval()
+    tokens = torch.randint(0, VOCABULARY, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    torch.compiler.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    runner = CompiledRunner(model, KVCache(model.config, 3), backend="aot_eager")
+    plain = CPURunner(model, KVCache(model.config, 3))
+    for chunks in (
+        [Chunk(2, 0, tokens[:5])],
+        [Chunk(2, 5, tokens[5:6]), Chunk(0, 0, tokens[:BLOCK])],
+        [Chunk(0, BLOCK, tokens[BLOCK : BLOCK + 7]), Chunk(2, 6, tokens[6:7])],
+        [Chunk(2, 7, tokens[7:8]), Chunk(0, BLOCK + 7, tokens[BLOCK + 7 : 2 * BLOCK])],
+        [Chunk(0, 2 * BLOCK, tokens[2 * BLOCK : 599])],
+        [Chunk(2, 8, tokens[8:9]), Chunk(0, 599, tokens[599:])],
+        [Chunk(2, 9, tokens[9:10])],
+    ):
+        torch.testing.assert_close(runner.run(chunks), plain.run(chunks), rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2

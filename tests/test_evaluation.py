@@ -319,7 +319,11 @@ def test_a_text_file_is_scored_to_the_last_byte(workspace: Workspace, capsys: py
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_what_fewer_bits_cost_is_printed(workspace: Workspace, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_what_fewer_bits_cost_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    workspace = make_workspace(tmp_path)
+    monkeypatch.chdir(tmp_path)
     eval_command(overrides=[*EXACT, "training.runs_dir=elsewhere"], quantize=kind, as_json=True)
     printed = capsys.readouterr()
     before, saved = expected(workspace, TokenFiles(Path("corpus/tokens"), "val")), json.loads(printed.out)
