@@ -131,9 +131,8 @@ def _metric(value: float, outcomes: Sequence[Any]) -> Metric:
     return Metric(value)
 
 
-def save_results(results: Sequence[TaskResult], folder: Path, about: Mapping[str, Any]) -> Path:
-    """Enter the results into `tasks.json` in `folder`, beside those of other tasks; `about` says what was measured."""
-    path = folder / TASKS
+def save_results(results: Sequence[TaskResult], path: Path, about: Mapping[str, Any]) -> Path:
+    """Enter the results into the file `path`, beside those of other tasks; `about` says what was measured."""
     kept: dict[str, Any] = read_results(path)
     for result in results:
         kept[result.name] = {**about, **result.to_dict()}

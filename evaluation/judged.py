@@ -23,7 +23,10 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """`autocast` is the dtype of the matrix products, None for that of the weights; `precision` is its name."""
+    """`autocast` is the dtype of the matrix products, None for that of the weights; `precision` is its name.
+
+    `quantize` says in how many bits the weights are, "none" for those of the checkpoint.
+    """
 
     model: Transformer
     info: CheckpointInfo
@@ -31,6 +34,7 @@ class Judged:
     precision: str
     autocast: torch.dtype | None
     runs_dir: Path
+    quantize: str = "none"
     batch_size: int | None = None
     rank: int = 0
     world_size: int = 1
@@ -41,15 +45,24 @@ class Judged:
         run_dir = self.runs_dir / self.info.run_name if self.info.run_name else None
         return run_dir if run_dir is not None and run_dir.is_dir() else self.info.path.parent
 
+    def file_name(self, what: str) -> str:
+        """The file for results on `what`; those of quantized weights do not take the place of the checkpoint's own."""
+        return f"{what}.json" if self.quantize == "none" else f"{what}-{self.quantize}.json"
+
     @property
     def about(self) -> dict[str, Any]:
         """What every result says of where it came from."""
-        return {"checkpoint": str(self.info.path), "step": self.info.step, "precision": self.precision}
+        return {
+            "checkpoint": str(self.info.path),
+            "step": self.info.step,
+            "precision": self.precision,
+            "quantize": self.quantize,
+        }
 
     def on_text(self, held_out: HeldOut, stride: int, advance: Advance | None = None) -> Evaluation:
         """The figures on `held_out`; `advance` is told the number of targets that all processes together have done."""
         context_length = self.model.config.context_length
-        device = self.model.output_weight.device
+        device = self.model.token_embedding.weight.device
         return evaluate_tokens(
             self.model,
             held_out.tokens,

@@ -68,7 +68,7 @@ def likelihoods(
     is told the number of pairs after every batch. With `world_size` above 1 each process computes its share, and all
     get the whole. The model is evaluated without dropout and left in the mode it was in.
     """
-    device, context_length = model.output_weight.device, model.config.context_length
+    device, context_length = model.token_embedding.weight.device, model.config.context_length
     parts = [(place, part) for place, pair in enumerate(pairs) for part in _parts(*pair, context_length)]
     groups = _grouped([part for _, part in parts], context_length, most_rows or _MOST_ROWS)
     precise = torch.float32 if device.type == "mps" else torch.float64
@@ -132,7 +132,7 @@ def _chunks(items: Iterable[tuple[tuple[int, ...], int]], size: int) -> Iterator
 def _batches(groups: Sequence[_Group], model: Transformer, most_rows: int) -> Iterator[list[_Group]]:
     """Neighbouring groups, so many that together they fit the context, and that cache and logits stay small."""
     config = model.config
-    tokens, logits = (_CPU_TOKENS, _CPU_LOGITS) if model.output_weight.is_cpu else (_GPU_TOKENS, _GPU_LOGITS)
+    tokens, logits = (_CPU_TOKENS, _CPU_LOGITS) if model.token_embedding.weight.is_cpu else (_GPU_TOKENS, _GPU_LOGITS)
     batch: list[_Group] = []
     rows = tail = 0
     for group in groups:
@@ -149,13 +149,14 @@ def _batches(groups: Sequence[_Group], model: Transformer, most_rows: int) -> It
 
 def _score(model: Transformer, groups: Sequence[_Group]) -> Tensor:
     """`(continuations, 2)` float32, in the order of `groups`: log-likelihood, and 1 where greedy decoding agrees."""
-    device = model.output_weight.device
+    device = model.token_embedding.weight.device
     owners = [number for number, group in enumerate(groups) for _ in group.targets]
     targets = [target for group in groups for target in group.targets]
     ends = torch.tensor([len(group.context) for group in groups], device=device)
     tail = max(group.tail for group in groups)
 
-    cache = KVCache(model.config, len(owners), len(groups[0].context) + tail, device, model.output_weight.dtype)
+    dtype, room = model.token_embedding.weight.dtype, len(groups[0].context) + tail
+    cache = KVCache(model.config, len(owners), room, device, dtype)
     contexts = cache.rows(0, len(groups))
     after = model.next_logits(_padded([group.context for group in groups], device), contexts, ends - 1)
     contexts.set_lengths(ends)

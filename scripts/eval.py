@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -124,11 +125,12 @@ def evaluate(
         from inference.quantization import quantize_
 
         kind = config.generation.quantize
+        fewer_bits = replace(judged, quantize=kind)
         if names:
             quantize_(judged.model, kind)
-            results = _in_tasks(judged, names, include_path or [], core_files, fewshot, limit)
+            results = _in_tasks(fewer_bits, names, include_path or [], core_files, fewshot, limit)
             if process.is_main:
-                _report_tasks(results, judged, {"limit": limit, "quantize": kind}, as_json)
+                _report_tasks(results, fewer_bits, {"limit": limit}, as_json)
             return
         stride = _stride(stride, judged.model.config.context_length)
         held_out = _held_out(text, source, max_tokens, config, judged.tokenizer)
@@ -136,13 +138,13 @@ def evaluate(
         if kind != "none":
             before = found.loss
             quantize_(judged.model, kind)
-            found = _on_text(judged, held_out, stride, process)
+            found = _on_text(fewer_bits, held_out, stride, process)
             if process.is_main:
                 cost = f"loss {before:.4f} -> {found.loss:.4f} ({found.loss - before:+.4f}), "
                 cost += f"perplexity {math.exp(before):.3f} -> {math.exp(found.loss):.3f}"
                 print(f"Weights in {kind} instead of as they were saved: {cost}", file=sys.stderr)
         if process.is_main:
-            _report(found, judged, held_out, stride, kind, _file_name(text, source), as_json)
+            _report(found, fewer_bits, held_out, stride, fewer_bits.file_name(_name(text, source)), as_json)
 
 
 def _on_text(judged: Judged, held_out: HeldOut, stride: int, process: Process) -> Evaluation:
@@ -217,9 +219,9 @@ def _held_out(
     return text_files(text, tokenizer) if text else validation_split(config.data, tokenizer)
 
 
-def _file_name(text: Sequence[Path] | None, source: str | None) -> str:
+def _name(text: Sequence[Path] | None, source: str | None) -> str:
     what = source or "-".join(path.stem for path in text or [])
-    return f"evaluation-{what[:100]}.json" if what else "evaluation.json"
+    return f"evaluation-{what[:100]}" if what else "evaluation"
 
 
 def _in_tasks(
@@ -272,7 +274,7 @@ def _write(judged: Judged, writings: Sequence[Writing]) -> list[str]:
         for one in (writings[number] for number in numbers)
     ]
     texts = [""] * len(writings)
-    device = judged.model.output_weight.device.type
+    device = judged.model.token_embedding.weight.device.type
     with torch.autocast(device, dtype=judged.autocast, enabled=judged.autocast is not None):
         for piece in Engine(judged.model, judged.tokenizer, judged.batch_size or SLOTS).generate(requests):
             texts[numbers[piece.sequence]] += piece.text
@@ -289,7 +291,7 @@ def _report_tasks(results: Sequence[TaskResult], judged: Judged, how: Mapping[st
     from evaluation.downstream import print_results, save_results
 
     about = {**judged.about, **how}
-    written = save_results(results, judged.folder, about)
+    written = save_results(results, judged.folder / judged.file_name("tasks"), about)
     if as_json:
         print(json.dumps({one.name: {**about, **one.to_dict()} for one in results}, indent=1, ensure_ascii=False))
     else:
@@ -298,9 +300,7 @@ def _report_tasks(results: Sequence[TaskResult], judged: Judged, how: Mapping[st
     print(f"Written to {written}. Next: python scripts/report.py", file=where)
 
 
-def _report(
-    found: Evaluation, judged: Judged, held_out: HeldOut, stride: int, quantize: str, file_name: str, as_json: bool
-) -> None:
+def _report(found: Evaluation, judged: Judged, held_out: HeldOut, stride: int, file_name: str, as_json: bool) -> None:
     from config.files import write_text
     from evaluation.report import print_table, to_json
 
@@ -310,7 +310,6 @@ def _report(
         "text": held_out.name,
         "context_length": context_length,
         "stride": stride,
-        "quantize": quantize,
         "tokenizer_fingerprint": judged.info.tokenizer_fingerprint,
     }
     sources = held_out.by_source(found, context_length)

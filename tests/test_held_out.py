@@ -170,3 +170,14 @@ def test_a_data_set_of_the_hub_is_evaluated_on_where_it_is(workspace: Workspace,
         saved = evaluated("evaluation-theirs.json", source="theirs", max_tokens=10_000, overrides=words)
     assert saved["bytes"] == sum(len(row["text"]) for row in rows)
     assert not list(Path("corpus/raw/theirs").glob("*.jsonl")), "nothing is fetched to stay"
+
+
+def test_quantized_weights_are_measured_beside_the_checkpoints_own(workspace: Workspace) -> None:
+    own = evaluated()
+    for kind, error in (("int8", 0.01), ("int4", 0.1)):
+        found = evaluated(f"evaluation-{kind}.json", overrides=[f"generation.quantize={kind}"])
+        assert found["quantize"] == kind and own["quantize"] == "none"
+        assert 0 < abs(found["loss"] - own["loss"]) < error * own["loss"]
+    eval_command(overrides=[*EXACT, "generation.quantize=int8"], tasks="quern_copying", limit=5)
+    assert json.loads(Path("checkpoints/tasks-int8.json").read_text())["quern_copying"]["quantize"] == "int8"
+    assert not Path("checkpoints/tasks.json").exists()
