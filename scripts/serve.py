@@ -80,7 +80,7 @@ def serve(
     given = [f"training.device={device}"] if device else []
     config = resolve(recipe, [*(overrides or []), *given], print_config)
     body_limit, keys = size_of("--max-body", max_body), _keys(api_key_file)
-    from inference.server.run import address_of, is_loopback, listen, serve_until_signal
+    from inference.server.addresses import address_of, is_loopback, listen
 
     local = is_loopback(host)
     if not keys and not local:
@@ -96,6 +96,7 @@ def serve(
     from inference.server.limits import Limits
     from inference.server.logs import log_as_json
     from inference.server.metrics import Metrics
+    from inference.server.run import serve_until_signal
     from inference.server.service import Service
 
     with listen(host, port) as listener:

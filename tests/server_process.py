@@ -67,7 +67,7 @@ def server_workspace(folder: Path, *overrides: str) -> Workspace:
 @contextmanager
 def serving(folder: Path, *arguments: str, **environment: str) -> Iterator[Server]:
     """Run `scripts/serve.py` in `folder` on a free port."""
-    log = folder / "server.log"
+    log = folder / f"server-{time.monotonic_ns()}.log"
     with log.open("w") as errors:
         process = subprocess.Popen(
             command("scripts/serve.py", "--port", "0", *arguments),

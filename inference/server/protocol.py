@@ -58,7 +58,7 @@ class GenerationBody(Body):
     """Sample among the k likeliest tokens; 0 means all. Not in OpenAI's interface."""
     min_p: Annotated[Number, Field(ge=0.0, lt=1.0)] | None = None
     """Drop tokens less likely than this share of the likeliest. Not in OpenAI's interface."""
-    repetition_penalty: Annotated[Number, Field(gt=0.0, le=100.0)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100.0)] | None = None
     """Above 1 makes tokens already present less likely. Not in OpenAI's interface."""
     user: StrictStr | None = None
     """Accepted, not used; so are the fields after it."""

@@ -1,10 +1,9 @@
-"""Running the application: a socket, a uvicorn server, and an orderly end."""
+"""Running the application: a uvicorn server, and an orderly end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import signal
 import socket
@@ -13,38 +12,13 @@ from collections.abc import Generator
 import uvicorn
 from fastapi import FastAPI
 
-from config.errors import UserError
+from inference.server.addresses import BACKLOG
 from inference.server.logs import FIELD
 from inference.server.service import Service
 
 log = logging.getLogger("quern.server")
 
-BACKLOG = 2048  # connections that the system holds while the event loop is busy
 AFTER_GRACE = 5.0  # seconds that answers have to say that they were cut short
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only programs on this machine reach `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. `UserError` where that can't be."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"Can't listen on {host}, port {port}: {error}. Choose another with --port.") from error
-
-
-def address_of(listener: socket.socket) -> str:
-    """The address of the page, for a person to click."""
-    host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
 
 
 def serve_until_signal(app: FastAPI, service: Service, listener: socket.socket, grace: float) -> None:
