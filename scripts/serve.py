@@ -104,7 +104,9 @@ def serve(
         served = _served(loaded, config, model_name, chat, max_prompt_tokens, max_tokens)
         log_as_json()
         service = Service(
-            lambda: Engine(loaded.model, loaded.tokenizer, max_concurrent), max_concurrent + queue, Metrics()
+            lambda: Engine(loaded.model, loaded.tokenizer, max_concurrent, compiled=config.generation.compile),
+            max_concurrent + queue,
+            Metrics(),
         )
         service.start()
         hosts = {"localhost", "127.0.0.1", "::1", host, *(allow_host or [])} if local else None

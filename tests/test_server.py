@@ -75,9 +75,34 @@ class TestCompletions:
             answer = client.completions.create(**fixed, **sampling)
             wanted = {**sampling, "top_p": sampling.get("top_p", 0.95) or 1e-9}
             assert answer.choices[0].text == expected(workspace, ids, 20, 3, **wanted)
-        extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.3}
+        extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.3, "typical_p": 0.9}
+        extra |= {"presence_penalty": 0.5, "frequency_penalty": -0.5}
         answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=20, seed=3, extra_body=extra)
         assert answer.choices[0].text == expected(workspace, ids, 20, 3, **extra)
+
+    def test_a_bias_bans_or_forces_a_token(self, client: openai.OpenAI, workspace: Workspace) -> None:
+        [token] = workspace.tokenizer.encode("e")
+        settings: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 5, "temperature": 0}
+        assert client.completions.create(**settings, logit_bias={str(token): 100}).choices[0].text == "eeeee"
+
+    def test_probabilities(self, client: openai.OpenAI, workspace: Workspace) -> None:
+        settings: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 30, "seed": 3, "logprobs": 2}
+        choice = client.completions.create(**settings).choices[0]
+        found = choice.logprobs
+        assert found is not None and found.tokens and found.token_logprobs and found.top_logprobs and found.text_offset
+        request = Request(workspace.tokenizer.encode(PROMPT), 30, SamplingSettings(0.8, top_p=0.95), 3, logprobs=2)
+        pieces = list(Engine(workspace.model, workspace.tokenizer).generate([request]))
+        assert found.token_logprobs == pytest.approx([piece.logprobs.logprob for piece in pieces if piece.logprobs])
+        assert all(len(top) == 2 for top in found.top_logprobs)
+        for token, offset in zip(found.tokens, found.text_offset, strict=True):
+            assert token.startswith("bytes:") or choice.text[offset:].startswith(token)
+        parts = [chunk.choices[0].logprobs for chunk in client.completions.create(**settings, stream=True)]
+        assert [token for part in parts if part for token in part.tokens or []] == found.tokens
+
+        stop = choice.text[-4:-2]
+        stopped = client.completions.create(**settings, stop=stop).choices[0]
+        assert stopped.finish_reason == "stop" and stopped.logprobs and stopped.logprobs.text_offset
+        assert max(stopped.logprobs.text_offset) < len(stopped.text), "no token of the stop text"
 
     def test_choices_and_prompts(self, client: openai.OpenAI, workspace: Workspace) -> None:
         """Every prompt has n choices; choice i has seed + i."""
@@ -117,6 +142,23 @@ class TestChat:
         assert answer.choices[0].message.content == expected(workspace, ids, 20, 4)
         assert answer.choices[0].message.role == "assistant"
         assert answer.usage is not None and answer.usage.prompt_tokens == len(ids)
+
+    def test_probabilities(self, client: openai.OpenAI, workspace: Workspace) -> None:
+        answer = client.chat.completions.create(
+            model=MODEL, messages=TALK, max_tokens=20, seed=4, logprobs=True, top_logprobs=3
+        )
+        found = answer.choices[0].logprobs
+        assert found is not None and found.content
+        text = b"".join(bytes(token.bytes or []) for token in found.content).decode(errors="replace")
+        assert text == answer.choices[0].message.content
+        for token in found.content:
+            best = [other.logprob for other in token.top_logprobs]
+            assert len(best) == 3 and best == sorted(best, reverse=True) and token.logprob <= best[0] + 1e-6
+        plain = client.chat.completions.create(model=MODEL, messages=TALK, max_tokens=2, logprobs=True)
+        assert plain.choices[0].logprobs and plain.choices[0].logprobs.content
+        assert plain.choices[0].logprobs.content[0].top_logprobs == []
+        with pytest.raises(openai.BadRequestError, match="top_logprobs"):
+            client.chat.completions.create(model=MODEL, messages=TALK, top_logprobs=3)
 
     def test_parts_developer_and_the_answer_sent_back(self, client: openai.OpenAI) -> None:
         settings: dict[str, Any] = {"model": MODEL, "max_tokens": 5, "seed": 4}
@@ -176,6 +218,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no number": ({"temperature": float("nan")}, "temperature"),
     "too many choices": ({"n": 100}, "n"),
     "an empty stop text": ({"stop": [""]}, "stop"),
+    "a bias for no token": ({"logit_bias": {"300": 1}}, "logit_bias"),
+    "a bias beyond all measure": ({"logit_bias": {"3": 101}}, "logit_bias"),
+    "probabilities of a prompt": ({"echo": True, "logprobs": 1}, "logprobs"),
     "usage of no stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
     "a spelling mistake": ({"temprature": 1}, "temprature"),
     "what it lacks": ({"suffix": "end"}, "suffix"),

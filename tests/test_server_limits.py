@@ -122,7 +122,7 @@ class TestLimits:
 class TestKeysAndNames:
     @pytest.mark.parametrize("given", [None, "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer", "Bearer ключ"])
     def test_without_the_key_nothing_opens(self, server: Server, given: str | None) -> None:
-        headers = {} if given is None else {"authorization": given.encode()}
+        headers = {} if given is None else {b"authorization": given.encode()}
         for path in ("/v1/models", "/metrics"):
             answer = httpx.get(f"{server.address}{path}", headers=headers)
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")

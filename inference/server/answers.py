@@ -6,11 +6,22 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from inference.engine import Piece
+from inference.server.likelihoods import (
+    ChatLikelihoods,
+    Likelihood,
+    TextLikelihoods,
+    Trail,
+    chat_likelihoods,
+    text_likelihoods,
+)
+
+if TYPE_CHECKING:
+    from data.tokenization import Tokenizer
 
 Finish = Literal["stop", "length"]
 
@@ -64,7 +75,7 @@ class TextChoice(BaseModel):
 
     text: str
     index: int
-    logprobs: None = None
+    logprobs: TextLikelihoods | None = None
     finish_reason: Finish | None
 
 
@@ -93,7 +104,7 @@ class ChatChoice(BaseModel):
 
     index: int
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChatLikelihoods | None = None
     finish_reason: Finish
 
 
@@ -121,7 +132,7 @@ class ChunkChoice(BaseModel):
 
     index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: ChatLikelihoods | None = None
     finish_reason: Finish | None
 
 
@@ -139,15 +150,21 @@ class ChatChunk(BaseModel):
 
 @dataclass
 class Written:
-    """What has been written of one choice, or what came of it since the last chunk."""
+    """What has been written of one choice, or what came of it since the last chunk.
+
+    `likelihoods` are those of its tokens; None where nobody asked.
+    """
 
     text: str = ""
     finish: Finish | None = None
+    likelihoods: list[Likelihood] | None = None
 
-    def add(self, piece: Piece) -> None:
-        """Take the next piece of it."""
+    def add(self, piece: Piece, trail: Trail | None) -> None:
+        """Take the next piece of it; `trail` follows the choice's tokens where their probabilities are asked for."""
         self.text += piece.text
         self.finish = piece.finish
+        if trail is not None:
+            self.likelihoods = [*(self.likelihoods or []), *trail.follow(piece)]
 
 
 def _head(prefix: str, kind: str, model: str, system_fingerprint: str) -> dict[str, Any]:
@@ -180,17 +197,18 @@ class Format(Protocol):
 class ChatFormat:
     """/v1/chat/completions."""
 
-    def __init__(self, model: str, system_fingerprint: str) -> None:
+    def __init__(self, model: str, system_fingerprint: str, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._head = _head("chatcmpl", "chat.completion.chunk", model, system_fingerprint)
 
     def begin(self, index: int) -> BaseModel:
         """The chunk that says who speaks."""
-        return self._chunk(index, Delta(role="assistant", content=""), None)
+        return self._chunk(index, Delta(role="assistant", content=""), Written())
 
     def chunk(self, index: int, written: Written) -> BaseModel:
         """The chunk with what came of a choice."""
         delta = Delta(content=written.text) if written.text else Delta()
-        return self._chunk(index, delta, written.finish)
+        return self._chunk(index, delta, written)
 
     def closing(self, usage: Usage) -> BaseModel:
         """The chunk with the usage."""
@@ -199,19 +217,31 @@ class ChatFormat:
     def whole(self, choices: Sequence[Written], usage: Usage) -> BaseModel:
         """The answer in one."""
         answers = [
-            ChatChoice(index=index, message=AnswerMessage(content=one.text), finish_reason=one.finish or "length")
+            ChatChoice(
+                index=index,
+                message=AnswerMessage(content=one.text),
+                logprobs=self._likelihoods(one),
+                finish_reason=one.finish or "length",
+            )
             for index, one in enumerate(choices)
         ]
         return ChatCompletion(**{**self._head, "object": "chat.completion"}, choices=answers, usage=usage)
 
-    def _chunk(self, index: int, delta: Delta, finish: Finish | None) -> ChatChunk:
-        return ChatChunk(**self._head, choices=[ChunkChoice(index=index, delta=delta, finish_reason=finish)])
+    def _chunk(self, index: int, delta: Delta, written: Written) -> ChatChunk:
+        choice = ChunkChoice(
+            index=index, delta=delta, logprobs=self._likelihoods(written), finish_reason=written.finish
+        )
+        return ChatChunk(**self._head, choices=[choice])
+
+    def _likelihoods(self, written: Written) -> ChatLikelihoods | None:
+        return None if written.likelihoods is None else chat_likelihoods(self._tokenizer, written.likelihoods)
 
 
 class TextFormat:
     """/v1/completions; `echoes` are the prompts to put before what is written, one for each choice."""
 
-    def __init__(self, model: str, system_fingerprint: str, echoes: Sequence[str] | None) -> None:
+    def __init__(self, model: str, system_fingerprint: str, tokenizer: Tokenizer, echoes: Sequence[str] | None) -> None:
+        self._tokenizer = tokenizer
         self._head = _head("cmpl", "text_completion", model, system_fingerprint)
         self._echoes = echoes
 
@@ -221,8 +251,7 @@ class TextFormat:
 
     def chunk(self, index: int, written: Written) -> BaseModel:
         """The chunk with what came of a choice."""
-        choice = TextChoice(text=written.text, index=index, finish_reason=written.finish)
-        return Completion(**self._head, choices=[choice])
+        return Completion(**self._head, choices=[self._choice(index, written)])
 
     def closing(self, usage: Usage) -> BaseModel:
         """The chunk with the usage."""
@@ -231,8 +260,10 @@ class TextFormat:
     def whole(self, choices: Sequence[Written], usage: Usage) -> BaseModel:
         """The answer in one."""
         echoes = self._echoes or [""] * len(choices)
-        texts = [
-            TextChoice(text=echo + one.text, index=index, finish_reason=one.finish)
-            for index, (echo, one) in enumerate(zip(echoes, choices, strict=True))
-        ]
+        pairs = enumerate(zip(echoes, choices, strict=True))
+        texts = [self._choice(index, one, echo) for index, (echo, one) in pairs]
         return Completion(**self._head, choices=texts, usage=usage)
+
+    def _choice(self, index: int, one: Written, echo: str = "") -> TextChoice:
+        found = None if one.likelihoods is None else text_likelihoods(self._tokenizer, one.likelihoods)
+        return TextChoice(text=echo + one.text, index=index, logprobs=found, finish_reason=one.finish)

@@ -140,7 +140,7 @@ async def _generate(
         watch.close()
         raise
     try:
-        choices, written = await _collect(generation, len(task.requests))
+        choices, written = await _collect(generation, task)
     finally:
         watch.close()
     usage = _usage(task, written)
@@ -148,13 +148,13 @@ async def _generate(
     return Response(task.format.whole(choices, usage).model_dump_json(), media_type="application/json")
 
 
-async def _collect(generation: Generation, count: int) -> tuple[list[Written], int]:
+async def _collect(generation: Generation, task: Task) -> tuple[list[Written], int]:
     """All choices of a generation, whole, and how many tokens they have."""
-    choices, written = [Written() for _ in range(count)], 0
+    choices, written = [Written() for _ in task.requests], 0
     async for arrived in generation.batches():
         written += len(arrived)
         for place, piece in arrived:
-            choices[place].add(piece)
+            choices[place].add(piece, task.trails[place])
     return choices, written
 
 
@@ -168,9 +168,9 @@ async def _events(generation: Generation, task: Task, with_usage: bool, state: A
         written += len(arrived)
         news: dict[int, Written] = {}
         for place, piece in arrived:
-            news.setdefault(place, Written()).add(piece)
+            news.setdefault(place, Written()).add(piece, task.trails[place])
         for place, part in news.items():
-            if part.text or part.finish:
+            if part.text or part.finish or part.likelihoods:
                 yield task.format.chunk(place, part)
     usage = _usage(task, written)
     state.log = usage.model_dump()

@@ -16,6 +16,7 @@ from inference.prompting import chat_stop_tokens
 from inference.sampling import SamplingSettings
 from inference.server.answers import ChatFormat, Format, ModelCard, TextFormat
 from inference.server.errors import ApiError, invalid
+from inference.server.likelihoods import Trail
 from inference.server.protocol import ChatBody, CompletionBody, GenerationBody
 
 if TYPE_CHECKING:
@@ -45,11 +46,15 @@ class Served:
 
 @dataclass(frozen=True)
 class Task:
-    """What the engine is to write, one request for each choice, and how it is answered."""
+    """What the engine is to write, one request for each choice, and how it is answered.
+
+    `trails` follow the tokens of each choice, where their probabilities are asked for.
+    """
 
     requests: list[Request]
     prompt_tokens: int
     format: Format
+    trails: list[Trail | None]
 
 
 def choices_of(body: GenerationBody) -> int:
@@ -82,7 +87,7 @@ def completion_task(body: CompletionBody, served: Served) -> Task:
             raise invalid("prompt", f"there is no token {unknown:,}; the vocabulary has {tokenizer.vocab_size:,}")
         prompts.append(_checked(ids or [tokenizer.end_of_text_id], "prompt", served))
         echoes += [prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=True)] * body.n
-    answer = TextFormat(served.card.id, served.fingerprint, echoes if body.echo else None)
+    answer = TextFormat(served.card.id, served.fingerprint, tokenizer, echoes if body.echo else None)
     return _task(body, served, prompts, [], body.max_tokens, "max_tokens", answer)
 
 
@@ -102,7 +107,7 @@ def chat_task(body: ChatBody, served: Served) -> Task:
     newer = body.max_completion_tokens is not None
     asked = body.max_completion_tokens if newer else body.max_tokens
     named = "max_completion_tokens" if newer else "max_tokens"
-    answer = ChatFormat(served.card.id, served.fingerprint)
+    answer = ChatFormat(served.card.id, served.fingerprint, served.tokenizer)
     prompts = [_checked(ids, "messages", served)]
     return _task(body, served, prompts, chat_stop_tokens(served.tokenizer), asked, named, answer)
 
@@ -140,18 +145,31 @@ def _task(
     wanted = asked if asked is not None else min(settings.max_new_tokens, limit or settings.max_new_tokens)
     seed = body.seed if body.seed is not None else settings.seed
     first = secrets.randbits(63) if seed is None else seed
-    sampling = sampling_of(body, settings)
+    sampling = sampling_of(body, served)
     stops = tuple(settings.stop if body.stops is None else body.stops)
     requests = [
-        Request(ids, min(wanted, served.card.context_length - len(ids)), sampling, first + choice, stops, stop_tokens)
+        Request(
+            prompt=ids,
+            max_new_tokens=min(wanted, served.card.context_length - len(ids)),
+            sampling=sampling,
+            seed=first + choice,
+            stop=stops,
+            stop_tokens=stop_tokens,
+            logprobs=body.alternatives,
+        )
         for ids in prompts
         for choice in range(body.n)
     ]
-    return Task(requests, sum(len(ids) for ids in prompts), answer)
+    trails = [None if body.alternatives is None else Trail(served.tokenizer) for _ in requests]
+    return Task(requests, sum(len(ids) for ids in prompts), answer, trails)
 
 
-def sampling_of(body: GenerationBody, settings: GenerationConfig) -> SamplingSettings:
+def sampling_of(body: GenerationBody, served: Served) -> SamplingSettings:
     """The settings of a request, over those of the server."""
+    settings, size = served.settings, served.tokenizer.vocab_size
+    biases = settings.logit_bias if body.biases is None else body.biases
+    if (unknown := max(biases, default=0)) >= size:
+        raise invalid("logit_bias", f"there is no token {unknown:,}; the vocabulary has {size:,}")
 
     def given(name: str) -> float:
         value: float | None = getattr(body, name)
@@ -163,4 +181,8 @@ def sampling_of(body: GenerationBody, settings: GenerationConfig) -> SamplingSet
         top_p=max(given("top_p"), 1e-9),  # OpenAI takes 0, for the likeliest token
         min_p=given("min_p"),
         repetition_penalty=given("repetition_penalty"),
+        typical_p=given("typical_p"),
+        presence_penalty=given("presence_penalty"),
+        frequency_penalty=given("frequency_penalty"),
+        logit_bias=tuple(biases.items()),
     )

@@ -16,6 +16,7 @@ Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Penalty = Annotated[Number, Field(ge=-2.0, le=2.0)]
 Share = Annotated[Number, Field(ge=0.0, le=1.0)]
 Positive = Annotated[Whole, Field(ge=1, le=2**31 - 1)]
+TokenName = Annotated[StrictStr, Field(pattern=r"^[0-9]{1,9}$")]
 StopText = Annotated[StrictStr, Field(min_length=1, max_length=1000)]
 TokenIds = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)]
 
@@ -59,7 +60,15 @@ class GenerationBody(Body):
     min_p: Annotated[Number, Field(ge=0.0, lt=1.0)] | None = None
     """Drop tokens less likely than this share of the likeliest. Not in OpenAI's interface."""
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100.0)] | None = None
-    """Above 1 makes tokens already present less likely. Not in OpenAI's interface."""
+    """Above 1 makes tokens of prompt and text less likely. Not in OpenAI's interface."""
+    typical_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
+    """Sample among the most typical tokens of this total probability. Not in OpenAI's interface."""
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[dict[TokenName, Annotated[Number, Field(ge=-100.0, le=100.0)]], Field(max_length=1024)] | None
+    ) = None
+    """What is added to the logits of tokens, by their ids."""
     user: StrictStr | None = None
     """Accepted, not used; so are the fields after it."""
     metadata: dict[str, Any] | None = None
@@ -72,6 +81,16 @@ class GenerationBody(Body):
     def stops(self) -> list[str] | None:
         """The stop texts as a list; None where none were given."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def biases(self) -> dict[int, float] | None:
+        """The logit bias by token; None where none was given."""
+        return None if self.logit_bias is None else {int(token): value for token, value in self.logit_bias.items()}
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likely tokens to tell for each place; None where no probabilities are asked for."""
+        return None
 
     @property
     def includes_usage(self) -> bool:
@@ -96,6 +115,19 @@ class CompletionBody(GenerationBody):
     ) = ""
     echo: StrictBool = False
     """Put the prompt before what is written."""
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    """The logarithms of the probabilities of the tokens, and of so many likeliest ones in each place."""
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likely tokens to tell for each place; None where no probabilities are asked for."""
+        return self.logprobs
+
+    @model_validator(mode="after")
+    def _no_likelihoods_of_prompts(self) -> CompletionBody:
+        if self.echo and self.logprobs is not None:
+            raise ValueError("logprobs: this server can't tell those of a prompt, which echo asks for")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -134,3 +166,18 @@ class ChatBody(GenerationBody):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Positive | None = None
     """The newer name of max_tokens; where both are given, this one counts."""
+    logprobs: StrictBool = False
+    """Tell the logarithms of the probabilities of the tokens."""
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    """And of so many likeliest ones in each place."""
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likely tokens to tell for each place; None where no probabilities are asked for."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _likelihoods(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: is only allowed where logprobs is true")
+        return self
