@@ -149,12 +149,20 @@ class GenerationConfig(Section):
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)]
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)]
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100.0, le=100.0)]]
+    json_schema: str | None
+    regex: str | None
     stop: list[str]
     seed: int | None
     num_samples: PositiveInt
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     quantize: Literal["none", "int8", "int4"]
     compile: bool
+
+    @model_validator(mode="after")
+    def _combinations(self) -> GenerationConfig:
+        if self.json_schema is not None and self.regex is not None:
+            raise ValueError("regex: a text has one form; set regex or json_schema, not both")
+        return self
 
 
 class Config(Section):

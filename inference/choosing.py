@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from config.errors import UserError
+from inference.constraints import unpack
 from inference.sampling import BatchSettings, as_int64, choose, log_probabilities
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
+def check_bias(bias: Sequence[tuple[int, float]], vocab_size: int) -> None:
+    """Raise `UserError` where a bias is for a token that there is not."""
+    for token, _ in bias:
+        if not 0 <= token < vocab_size:
+            raise UserError(f"logit_bias: there is no token {token}; this vocabulary has 0 to {vocab_size - 1}.")
+
+
 class Past:
     """What of a sequence decides its next token, besides the logits.
 
@@ -39,14 +47,18 @@ class Past:
         self.drawn = 0
         self.present: Tensor | None = None
         self.counts: Tensor | None = None
-        for token, _ in request.sampling.logit_bias:
-            if not 0 <= token < vocab_size:
-                raise UserError(f"logit_bias: there is no token {token}; this vocabulary has 0 to {vocab_size - 1}.")
+        self.progress = None if request.constraint is None else request.constraint.begin()
+        check_bias(request.sampling.logit_bias, vocab_size)
         if request.sampling.penalizes_repetition:
             self.present = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self.present[torch.tensor(prompt, device=device)] = True
         if request.sampling.counts_tokens:
             self.counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text has a form after which nothing may follow."""
+        return self.progress is not None and self.progress.ended
 
 
 class Chooser:
@@ -80,16 +92,33 @@ class Chooser:
         """The next token of every sequence by `logits` `(batch, vocab)`, with what was asked to be known of it."""
         logits = logits[:, : self._vocab_size].to(self._device).float()  # a model may have more than there are tokens
         drawn = torch.tensor([past.drawn for past in self._pasts], device=self._device)
-        tokens = choose(logits, self._settings, self._seeds, drawn, self._present, self._counts)
+        tokens = choose(logits, self._settings, self._seeds, drawn, self._present, self._counts, self._allowed())
         self._remember(tokens)
         if not self._asked:
-            return [(token, None) for token in tokens.tolist()]
+            return self._advance([(token, None) for token in tokens.tolist()])
         rows = torch.tensor(self._asked, device=self._device)
         own, top, tops = log_probabilities(logits[rows], tokens[rows], self._alternatives)
         # float64 holds any token, so that all of it comes in one transfer.
         known = torch.cat([own[:, None], top, tops], dim=1).double()
         everything: list[float] = torch.cat([tokens.double(), known.flatten()]).tolist()
-        return self._with_logprobs(everything, top.shape[1])
+        return self._advance(self._with_logprobs(everything, top.shape[1]))
+
+    def _allowed(self) -> Tensor | None:
+        """The tokens that each row may draw, `(batch, vocab)` bool; None where all may draw any."""
+        if all(past.progress is None for past in self._pasts):
+            return None
+        bits = torch.full((len(self._pasts), -(-self._vocab_size // 32)), -1, dtype=torch.int32)
+        for row, past in zip(bits, self._pasts, strict=True):
+            if past.progress is not None:
+                past.progress.fill(row)
+        return unpack(bits.to(self._device), self._vocab_size)
+
+    def _advance(self, chosen: list[tuple[int, TokenLogprobs | None]]) -> list[tuple[int, TokenLogprobs | None]]:
+        """Tell the forms of what they got."""
+        for past, (token, _) in zip(self._pasts, chosen, strict=True):
+            if past.progress is not None:
+                past.progress.push(token)
+        return chosen
 
     def _remember(self, tokens: Tensor) -> None:
         """Take up the drawn `tokens` `(batch,)`."""

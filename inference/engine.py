@@ -20,6 +20,7 @@ from torch import Tensor
 
 from config.errors import UserError
 from inference.choosing import Chooser, Past, TokenLogprobs
+from inference.constraints import Constraint
 from inference.sampling import SamplingSettings
 from inference.slots import Slot, Slots
 from inference.text import Detokenizer, StopStrings
@@ -37,7 +38,8 @@ class Request:
 
     Generation ends after `max_new_tokens`, at the end-of-text token, at one of `stop_tokens`, or at a text of `stop`.
     When the text fills the model's context, it goes on with the newest part of it, or ends if `context` is "stop".
-    With `logprobs`, every piece tells what the model thought of its token, and of that many likeliest ones.
+    With `logprobs`, every piece tells what the model thought of its token, and of that many likeliest ones. With a
+    `constraint` the text keeps to its form, and also ends where nothing may follow.
     """
 
     prompt: Sequence[int]
@@ -48,6 +50,7 @@ class Request:
     stop_tokens: Sequence[int] = ()
     context: Literal["slide", "stop"] = "slide"
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
 
 class QueueFull(UserError):
@@ -209,7 +212,10 @@ class Engine:
             finish, text = "stop", stops.push(sequence.detokenizer.flush())
         else:
             text = stops.push(sequence.detokenizer.push(token))
-            if not stops.stopped and self._is_full(sequence):
+            if not stops.stopped and sequence.past.ended:
+                finish = "stop"
+                text += stops.push(sequence.detokenizer.flush())
+            elif not stops.stopped and self._is_full(sequence):
                 finish = "length"
                 text += stops.push(sequence.detokenizer.flush())
         if stops.stopped:

@@ -13,8 +13,10 @@ import yaml
 
 from config.errors import UserError
 from config.load import config_from_dict
+from inference.choosing import check_bias
 from inference.engine import Engine
-from inference.prompting import Message, chat_prompt, chat_stop_tokens, make_requests, seed_of
+from inference.prompting import Message, chat_prompt, chat_stop_tokens, constraint_of, make_requests, seed_of
+from inference.saving import Exchange, save_session
 from inference.terminal import Printer, Samples
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ Type a text and press Enter: the model {does}. Alt-Enter begins a new line.
   /set              show the settings
   /set KEY VALUE    change one, such as: /set temperature 0.7   /set stop ["END"]   /set seed null
   /reset            {forgets}go back to the settings of the start
+  /save FILE        write what was said to FILE.json or FILE.md
   /help             this page
 Ctrl-C stops a text that is being written. Ctrl-D leaves. A text that begins with / needs a space before it.
 """
@@ -45,6 +48,7 @@ class Session:
         self._printer = printer
         self._slots = slots
         self._messages: list[Message] = []
+        self._exchanges: list[Exchange] = []
         self._engine: Engine | None = None
 
     @property
@@ -70,8 +74,13 @@ class Session:
             does, forgets = ("answers", "forget the conversation, and ") if self._chat else ("continues it", "")
             self._say(HELP.format(does=does, forgets=forgets))
         elif command == "/reset":
-            self._config, self._messages = self._start, []
+            self._config, self._messages, self._exchanges = self._start, [], []
             self._say("Reset.\n")
+        elif command == "/save" and rest.strip():
+            save_session(Path(rest.strip()).expanduser(), self._exchanges, self._chat)
+            self._say(f"Saved to {rest.strip()}.\n")
+        elif command == "/save":
+            raise UserError("/save needs the name of a file, such as: /save talk.md")
         elif command == "/set" and rest.strip():
             self._set(rest.strip())
         elif command == "/set":
@@ -88,7 +97,10 @@ class Session:
             raise UserError(f"The value of {key} is not valid: {value.strip()}") from error
         tree = self._config.model_dump()
         tree["generation"] = {**tree["generation"], key: parsed}
-        self._config = config_from_dict(tree, "/set")
+        config = config_from_dict(tree, "/set")
+        constraint_of(config.generation, self._tokenizer)
+        check_bias(tuple(config.generation.logit_bias.items()), self._tokenizer.vocab_size)
+        self._config = config
         self._say(f"{key} = {getattr(self.settings, key)!r}\n")
 
     def _answer(self, text: str) -> None:
@@ -105,13 +117,16 @@ class Session:
             stop_tokens = chat_stop_tokens(self._tokenizer)
         else:
             prompt = self._tokenizer.encode(text.removeprefix(" ") if text.startswith(" /") else text)
-        requests = make_requests(settings, prompt, seed_of(settings), stop_tokens)
+        requests = make_requests(
+            settings, prompt, seed_of(settings), stop_tokens, constraint_of(settings, self._tokenizer)
+        )
         samples = Samples(len(requests), self._printer, lambda sample: self._begin(sample, len(requests)))
         pieces = self._engine_of(min(self._slots, len(requests))).generate(requests)
         try:
             samples.show(pieces)
         except KeyboardInterrupt:
             self._printer.end_line()
+        self._exchanges.append((text, tuple(samples.texts)))
         if self._chat:
             self._messages.append({"role": "assistant", "content": samples.texts[0]})
 
@@ -186,7 +201,7 @@ def _line_editor() -> Callable[[], str]:
         history=history,
         auto_suggest=AutoSuggestFromHistory(),
         key_bindings=keys,
-        completer=WordCompleter(["/help", "/set", "/reset"], sentence=True),
+        completer=WordCompleter(["/help", "/set", "/reset", "/save"], sentence=True),
         complete_while_typing=False,
     )
     return session.prompt

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from config.errors import UserError
 from config.schema import GenerationConfig
 from data.tokenization.chat import encode_messages
 from data.tokenization.special import END
+from inference.constraints import Constraint, json_object, json_schema, regex
 from inference.engine import Engine, Request
 from inference.sampling import SamplingSettings
 
@@ -20,7 +23,11 @@ Message = Mapping[str, str]  # "role" (system, user or assistant) and "content"
 
 
 def make_requests(
-    settings: GenerationConfig, prompt: Sequence[int], seed: int, stop_tokens: Sequence[int] = ()
+    settings: GenerationConfig,
+    prompt: Sequence[int],
+    seed: int,
+    stop_tokens: Sequence[int] = (),
+    constraint: Constraint | None = None,
 ) -> list[Request]:
     """A request for each of `settings.num_samples` samples of one prompt; their seeds are seed, seed + 1 and so on."""
     sampling = SamplingSettings(
@@ -35,9 +42,33 @@ def make_requests(
         logit_bias=tuple(settings.logit_bias.items()),
     )
     return [
-        Request(prompt, settings.max_new_tokens, sampling, seed + sample, tuple(settings.stop), tuple(stop_tokens))
+        Request(
+            prompt,
+            settings.max_new_tokens,
+            sampling,
+            seed + sample,
+            tuple(settings.stop),
+            tuple(stop_tokens),
+            constraint=constraint,
+        )
         for sample in range(settings.num_samples)
     ]
+
+
+def constraint_of(settings: GenerationConfig, tokenizer: Tokenizer) -> Constraint | None:
+    """The form that the settings ask for. Raises `UserError` for one that cannot be, or a file that is none."""
+    if settings.regex is not None:
+        return regex(settings.regex, tokenizer)
+    if settings.json_schema is None:
+        return None
+    if settings.json_schema == "object":
+        return json_object(tokenizer)
+    try:
+        return json_schema(Path(settings.json_schema).read_text(encoding="utf-8"), tokenizer)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{settings.json_schema} is not a file that can be read. Give one with a JSON schema."
+        ) from error
 
 
 def seed_of(settings: GenerationConfig) -> int:

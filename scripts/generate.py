@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,13 @@ TopK = Annotated[int | None, typer.Option(help="Sample among the k likeliest tok
 TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total probability.")]
 MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
 Penalty = Annotated[float | None, typer.Option(help="Above 1 makes tokens already present less likely.")]
+TypicalP = Annotated[float | None, typer.Option(help="Sample among the most typical tokens of this probability.")]
+Presence = Annotated[float | None, typer.Option(help="Taken from the logit of tokens that the text holds.")]
+Frequency = Annotated[float | None, typer.Option(help="The same, as many times as the text holds the token.")]
+JsonSchema = Annotated[
+    str | None, typer.Option(metavar="FILE|object", help="Write JSON of the schema in a file, or any JSON object.")
+]
+Regex = Annotated[str | None, typer.Option(metavar="PATTERN", help="Write what this matches as a whole.")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="The most tokens to write.")]
 NumSamples = Annotated[int | None, typer.Option(help="How many continuations to write.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
@@ -58,6 +66,11 @@ def generate(
     top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: Penalty = None,
+    typical_p: TypicalP = None,
+    presence_penalty: Presence = None,
+    frequency_penalty: Frequency = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
     max_new_tokens: MaxNewTokens = None,
     num_samples: NumSamples = None,
     seed: Seed = None,
@@ -80,6 +93,11 @@ def generate(
         "generation.top_p": top_p,
         "generation.min_p": min_p,
         "generation.repetition_penalty": repetition_penalty,
+        "generation.typical_p": typical_p,
+        "generation.presence_penalty": presence_penalty,
+        "generation.frequency_penalty": frequency_penalty,
+        "generation.json_schema": None if json_schema is None else json.dumps(json_schema),
+        "generation.regex": None if regex is None else json.dumps(regex),
         "generation.max_new_tokens": max_new_tokens,
         "generation.num_samples": num_samples,
         "generation.seed": seed,
@@ -130,7 +148,7 @@ def _read_prompt(prompt: str | None, path: Path | None) -> str | None:
 def _write(config: Config, model: Transformer, tokenizer: Tokenizer, text: str, chat: bool) -> None:
     """Stream the samples of one prompt to standard output, and what they took to standard error."""
     from inference.engine import Engine
-    from inference.prompting import chat_prompt, chat_stop_tokens, make_requests, seed_of
+    from inference.prompting import chat_prompt, chat_stop_tokens, constraint_of, make_requests, seed_of
     from inference.terminal import Printer, Samples
 
     settings, context = config.generation, model.config.context_length
@@ -146,7 +164,7 @@ def _write(config: Config, model: Transformer, tokenizer: Tokenizer, text: str, 
             file=sys.stderr,
         )
     seed = seed_of(settings)
-    requests = make_requests(settings, ids, seed, stop_tokens)
+    requests = make_requests(settings, ids, seed, stop_tokens, constraint_of(settings, tokenizer))
     printer = Printer(sys.stdout)
 
     def begin(sample: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -244,21 +245,52 @@ def test_samples_have_seeds_of_their_own_and_come_in_order(
 
 def test_options_reach_the_sampling(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     ids = workspace.tokenizer.encode(PROMPT)
-    sampling = SamplingSettings(1.3, 30, 0.9, 0.01, 1.2)
+    sampling = SamplingSettings(1.3, 30, 0.9, 0.01, 1.2, 0.9, 0.5, 0.3, ((40, 2.0),))
     whole = continuation(workspace, ids, sampling=sampling, seed=9, max_new_tokens=40)
     stop = whole[10:13]
     generate(
-        overrides=["generation.top_k=30"],
+        overrides=["generation.top_k=30", "generation.logit_bias={40: 2}"],
         prompt=PROMPT,
         temperature=1.3,
         top_p=0.9,
         min_p=0.01,
         repetition_penalty=1.2,
+        typical_p=0.9,
+        presence_penalty=0.5,
+        frequency_penalty=0.3,
         max_new_tokens=40,
         seed=9,
         stop=["${never}", stop],
     )
     assert capsys.readouterr().out == line(PROMPT + whole[: whole.index(stop)])
+
+
+def test_texts_of_a_form(workspace: Workspace, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"]}')
+    generate(prompt="", json_schema=str(schema), seed=3)
+    assert isinstance(json.loads(capsys.readouterr().out)["n"], bool)
+    generate(prompt="", regex="[0-9]{3} yes: no", seed=3)
+    assert re.fullmatch("[0-9]{3} yes: no\n", capsys.readouterr().out)
+
+
+def test_a_session_is_saved(workspace: Workspace, tmp_path: Path) -> None:
+    generation = workspace.config.generation.model_copy(update={"seed": 3, "max_new_tokens": 5, "num_samples": 2})
+    config = workspace.config.model_copy(update={"generation": generation})
+    out = io.StringIO()
+    session = Session(workspace.model, workspace.tokenizer, config, False, Printer(out), slots=2)
+    session.handle(f"/save {tmp_path / 'early.md'}")
+    session.handle(PROMPT)
+    for name in ("all.json", "all.md", "all.doc"):
+        session.handle(f"/save {tmp_path / name}")
+    session.handle("/set logit_bias {300: 1}")
+    texts = [continuation(workspace, workspace.tokenizer.encode(PROMPT), max_new_tokens=5, seed=n) for n in (3, 4)]
+    saved = json.loads((tmp_path / "all.json").read_text())
+    assert saved == {"texts": [{"prompt": PROMPT, "continuations": texts}]}
+    assert all(f"**{PROMPT}**{text}" in (tmp_path / "all.md").read_text() for text in texts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.json", "all.md"]
+    shown = out.getvalue()
+    assert "nothing to save yet" in shown and "ends in .json or .md" in shown and "there is no token 300" in shown
 
 
 def test_a_seed_is_drawn_and_named_where_none_is_given(
@@ -321,6 +353,13 @@ def test_special_tokens_written_in_a_prompt_are_text(workspace: Workspace, capsy
         ({"top_k": -1}, "top_k: input should be greater than or equal to 0"),
         ({"min_p": 1.0}, "min_p: input should be less than 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty: input should be greater than 0"),
+        ({"typical_p": 0.0}, "typical_p: input should be greater than 0"),
+        ({"presence_penalty": 3.0}, "presence_penalty: input should be less than or equal to 2, not 3"),
+        ({"frequency_penalty": -3.0}, "frequency_penalty: input should be greater than or equal to -2"),
+        ({"regex": "(a"}, "The regular expression '(a' cannot be used"),
+        ({"regex": "a", "json_schema": "object"}, "regex: a text has one form"),
+        ({"json_schema": "nowhere.json"}, "nowhere.json is not a file that can be read"),
+        ({"overrides": ["generation.logit_bias={300: 1}"]}, "there is no token 300"),
         ({"max_new_tokens": 0}, "max_new_tokens: input should be greater than 0"),
         ({"num_samples": 0}, "num_samples: input should be greater than 0"),
         ({"device": "tpu"}, "device: 'tpu' is not allowed; choose 'auto', 'cpu', 'cuda' or 'mps'"),
@@ -391,11 +430,13 @@ class TestChat:
             talk.append({"role": "assistant", "content": self.answer(chatty, talk)})
             expected += line(talk[-1]["content"])
             session.handle(text)
+        session.handle(f"/save {chatty.folder / 'talk.json'}")
+        assert json.loads((chatty.folder / "talk.json").read_text()) == {"messages": talk}
         session.handle("/reset")
         session.handle("You")
         alone = self.answer(chatty, [{"role": "user", "content": "You"}])
         assert alone != talk[-1]["content"]
-        assert out.getvalue() == expected + "Reset.\n" + line(alone)
+        assert out.getvalue() == expected + f"Saved to {chatty.folder / 'talk.json'}.\n" + "Reset.\n" + line(alone)
 
     def test_the_oldest_messages_go_when_the_context_is_full(self, chatty: Workspace) -> None:
         tokenizer = chatty.tokenizer
