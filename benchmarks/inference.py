@@ -141,9 +141,10 @@ def ours(model: Transformer, rows: int) -> Write:
     from inference.sampling import SamplingSettings
 
     greedy = SamplingSettings(temperature=0.0)
+    tokenizer: Any = _NoText(cast(int, model.config.vocab_size))
 
     def write(tokens: int) -> float:
-        engine = Engine(model, _NoText(), rows)  # type: ignore[arg-type]
+        engine = Engine(model, tokenizer, rows)
         for row in range(rows):
             engine.submit(Request([*PROMPT[:-1], 200 + row], tokens + 1, greedy))
         while len(engine.step()) < rows:
@@ -160,7 +161,9 @@ class _NoText:
     """What the engine needs of a tokenizer, without texts, which cost next to nothing; no token ends one."""
 
     end_of_text_id = -1
-    vocab_size = 0
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
 
     def decode_bytes(self, ids: Any, skip_special_tokens: bool = False) -> bytes:
         """No text."""
