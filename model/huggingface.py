@@ -1,12 +1,13 @@
-"""Weights to and from Hugging Face's `transformers`: GPT-2 for learned positions, Llama for rotary ones.
+"""Weights to and from Hugging Face's `transformers`: GPT-2 for learned positions, Llama and its kin for rotary ones.
 
-An option that the other side lacks is refused by name; nothing is approximated. `transformers` is imported only when a
-function here is called.
+Of the kin, Qwen3 normalises queries and keys, Arcee has a squared ReLU, and Apertus both. Their normalisation of
+queries and keys has a learned scale, which is 1 here. An option that the other side lacks is refused by name; nothing
+is approximated. `transformers` is imported only when a function here is called.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,30 @@ _LLAMA_BLOCK = {
     "feed_forward.up": "mlp.up_proj",
     "feed_forward.down": "mlp.down_proj",
 }
+_UNGATED = {here: there for here, there in _LLAMA_BLOCK.items() if here != "feed_forward.gate"}
+_APERTUS_NORMS = {"attention_norm": "attention_layernorm", "feed_forward_norm": "feedforward_layernorm"}
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+
+class _Kin(NamedTuple):
+    """An architecture with rotary positions: what it is called, what its blocks are called, and how they differ."""
+
+    name: str
+    block: dict[str, str]
+    activation: Literal["swiglu", "squared_relu"]
+    qk_norm: bool
+    options: tuple[str, ...]
+    """Settings of its configuration that others lack."""
+
+
+_LLAMA = _Kin("Llama", _LLAMA_BLOCK, "swiglu", False, ("head_dim", "mlp_bias"))
+_KIN = (
+    _LLAMA,
+    _Kin("Qwen3", _LLAMA_BLOCK, "swiglu", True, ("head_dim",)),
+    _Kin("Arcee", _UNGATED, "squared_relu", False, ("head_dim", "mlp_bias")),
+    _Kin("Apertus", _UNGATED | _APERTUS_NORMS, "squared_relu", True, ()),
+)
+_ACTIVATIONS = {"swiglu": "silu", "squared_relu": "relu2"}
 _GPT2_BLOCK = {
     "attention_norm": "ln_1",
     "attention.output": "attn.c_proj",
@@ -41,10 +66,11 @@ _VOCABULARY_TABLES = ("token_embedding.weight", "head.weight")
 
 
 def to_huggingface(model: Transformer) -> Any:
-    """The same model as a `GPT2LMHeadModel` or a `LlamaForCausalLM`, on the CPU, in the same dtype, for evaluation.
+    """The same model as a `GPT2LMHeadModel`, or as a `ForCausalLM` of Llama, Qwen3, Arcee or Apertus.
 
-    Its vocabulary has no padding rows. Biases that a GPT-2 must have and this model has not become zeros. Raises
-    `UserError` naming every option of the configuration that the counterpart lacks.
+    It is on the CPU, in the same dtype, for evaluation. Its vocabulary has no padding rows. Biases that a GPT-2 must
+    have and this model has not become zeros. Raises `UserError` naming every option of the
+    configuration that the counterpart lacks.
     """
     import transformers
 
@@ -80,25 +106,11 @@ def to_huggingface(model: Transformer) -> Any:
         )
         state = _to_gpt2(weights, config)
     else:
-        _require("Llama", config, norm="rmsnorm", activation="swiglu", qk_norm=False, **_NEUTRAL)
-        theirs = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                max_position_embeddings=config.context_length,
-                hidden_size=config.d_model,
-                num_hidden_layers=config.n_layers,
-                num_attention_heads=config.n_heads,
-                num_key_value_heads=config.kv_heads,
-                head_dim=config.head_dim,
-                intermediate_size=config.feed_forward_dim,
-                rms_norm_eps=config.norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                attention_bias=config.bias,
-                mlp_bias=config.bias,
-                attention_dropout=config.dropout,
-                **shared,
-            )
-        )
-        state = {there: weights[here] for here, there in _llama_names(config).items()}
+        kin = _kin_of(config)
+        theirs = getattr(transformers, f"{kin.name}ForCausalLM")(_kin_config(kin, config, shared))
+        state = {there: weights[here] for here, there in _kin_names(kin, config).items()}
+        scale = torch.ones(config.head_dim, dtype=model.output_weight.dtype)
+        state |= {f"{name}.weight": scale.clone() for name in _scales(kin, config)}
     theirs = theirs.to(model.output_weight.dtype)
     if config.tie_embeddings:
         state["lm_head.weight"] = weights["token_embedding.weight"]
@@ -109,19 +121,24 @@ def to_huggingface(model: Transformer) -> Any:
 def from_huggingface(hf_model: Any) -> Transformer:
     """The same model as a `Transformer`, on the CPU, in the same dtype, for evaluation.
 
-    `hf_model` is a `GPT2LMHeadModel` or a `LlamaForCausalLM`. Raises `UserError` for another architecture, or naming
-    the option that a `Transformer` lacks.
+    `hf_model` is of one of the classes that `to_huggingface` gives. Raises `UserError` for another architecture, or
+    naming the option that a `Transformer` lacks.
     """
     name = type(hf_model).__name__
     theirs = {key: value.detach().cpu() for key, value in hf_model.state_dict().items()}
-    if name == "GPT2LMHeadModel":
+    kin = next((kin for kin in _KIN if name == f"{kin.name}ForCausalLM"), None)
+    if kin is not None:
+        config = _config_of_kin(kin, hf_model.config)
+        for scale in _scales(kin, config):
+            if not (theirs[f"{scale}.weight"] == 1).all():
+                raise UserError(f"The {kin.name} model has a learned {scale}, which has no counterpart here.")
+        state = {here: theirs[there] for here, there in _kin_names(kin, config).items()}
+    elif name == "GPT2LMHeadModel":
         config = _config_of_gpt2(hf_model.config)
         state = _from_gpt2(theirs, config)
-    elif name == "LlamaForCausalLM":
-        config = _config_of_llama(hf_model.config)
-        state = {here: theirs[there] for here, there in _llama_names(config).items()}
     else:
-        raise UserError(f"A {name} cannot be imported; GPT2LMHeadModel and LlamaForCausalLM can.")
+        known = ", ".join(["GPT2LMHeadModel", *(f"{kin.name}ForCausalLM" for kin in _KIN)])
+        raise UserError(f"A {name} cannot be imported; these can: {known}.")
     for table in _VOCABULARY_TABLES:
         if table in state:
             state[table] = F.pad(state[table], (0, 0, 0, config.padded_vocab_size - hf_model.config.vocab_size))
@@ -149,13 +166,49 @@ def _yaml(value: Any) -> str:
     return "null" if value is None else str(value).lower()
 
 
-def _llama_names(config: ModelConfig) -> dict[str, str]:
-    """Name of every weight here, and its name in `LlamaForCausalLM`."""
+def _kin_of(config: ModelConfig) -> _Kin:
+    """The architecture with the equations of `config`; `UserError` naming what none of them has."""
+    kin = next((kin for kin in _KIN if (kin.activation, kin.qk_norm) == (config.activation, config.qk_norm)), _LLAMA)
+    needed: dict[str, Any] = {"norm": "rmsnorm", "activation": kin.activation, "qk_norm": kin.qk_norm, **_NEUTRAL}
+    if "mlp_bias" not in kin.options:
+        needed["bias"] = False
+    _require(kin.name, config, **needed)
+    return kin
+
+
+def _kin_config(kin: _Kin, config: ModelConfig, shared: dict[str, Any]) -> Any:
+    import transformers
+
+    own = {"head_dim": config.head_dim, "mlp_bias": config.bias}
+    return getattr(transformers, f"{kin.name}Config")(
+        max_position_embeddings=config.context_length,
+        hidden_size=config.d_model,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.kv_heads,
+        intermediate_size=config.feed_forward_dim,
+        hidden_act=_ACTIVATIONS[kin.activation],
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        attention_bias=config.bias,
+        attention_dropout=config.dropout,
+        **{key: value for key, value in own.items() if key in kin.options},
+        **shared,
+    )
+
+
+def _scales(kin: _Kin, config: ModelConfig) -> list[str]:
+    """Names of the normalisations of queries and keys, whose scale is 1 here."""
+    return [f"model.layers.{n}.{norm}" for n in range(config.n_layers) for norm in _QK_NORMS if kin.qk_norm]
+
+
+def _kin_names(kin: _Kin, config: ModelConfig) -> dict[str, str]:
+    """Name of every weight here, and its name there."""
     names = {"token_embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
     if not config.tie_embeddings:
         names["head.weight"] = "lm_head.weight"
     for layer in range(config.n_layers):
-        for here, there in _LLAMA_BLOCK.items():
+        for here, there in kin.block.items():
             kinds = ("weight", "bias") if config.bias and not here.endswith("norm") else ("weight",)
             for kind in kinds:
                 names[f"blocks.{layer}.{here}.{kind}"] = f"model.layers.{layer}.{there}.{kind}"
@@ -252,18 +305,22 @@ def _config_of_gpt2(theirs: Any) -> ModelConfig:
     )
 
 
-def _config_of_llama(theirs: Any) -> ModelConfig:
-    _refuse(
-        theirs,
-        hidden_act=("silu", "swish"),
-        head_dim=(theirs.hidden_size // theirs.num_attention_heads,),
-        mlp_bias=(theirs.attention_bias,),
-    )
+def _config_of_kin(kin: _Kin, theirs: Any) -> ModelConfig:
+    activations = {"swiglu": ("silu", "swish"), "squared_relu": ("relu2",)}[kin.activation]
+    width = theirs.hidden_size // theirs.num_attention_heads
+    own = {"head_dim": (width,), "mlp_bias": (theirs.attention_bias,)}
+    _refuse(theirs, hidden_act=activations, **{key: own[key] for key in kin.options})
+    if "mlp_bias" not in kin.options:
+        _refuse(theirs, attention_bias=(False,))
+    if getattr(theirs, "use_sliding_window", False):
+        _refuse(theirs, use_sliding_window=(False,))
     rope = theirs.rope_parameters
     if rope.get("rope_type", "default") != "default":
-        raise UserError(f"The llama model has rope_type={rope['rope_type']}, which has no counterpart here.")
+        raise UserError(
+            f"The {theirs.model_type} model has rope_type={rope['rope_type']}, which has no counterpart here."
+        )
     return ModelConfig(
-        variant="llama",
+        variant=theirs.model_type,
         context_length=theirs.max_position_embeddings,
         vocab_size=theirs.vocab_size,
         n_layers=theirs.num_hidden_layers,
@@ -275,10 +332,10 @@ def _config_of_llama(theirs: Any) -> ModelConfig:
         rope_theta=rope["rope_theta"],
         norm="rmsnorm",
         norm_eps=theirs.rms_norm_eps,
-        activation="swiglu",
+        activation=kin.activation,
         bias=theirs.attention_bias,
         tie_embeddings=theirs.tie_word_embeddings,
-        qk_norm=False,
+        qk_norm=kin.qk_norm,
         dropout=0.0,
         init_std=theirs.initializer_range,
         zero_init_projections=False,

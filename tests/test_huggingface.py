@@ -26,7 +26,12 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama tied, grouped": {**LLAMA, "tie_embeddings": "true", "n_kv_heads": 2, "d_ff": 80},
     "llama one key head, biases, theta": {**LLAMA, "n_kv_heads": 1, "bias": "true", "rope_theta": 500.0},
+    "qwen3": {**LLAMA, "qk_norm": "true", "tie_embeddings": "true", "n_kv_heads": 2},
+    "arcee with biases": {"qk_norm": "false", "bias": "true"},
+    "apertus, the default": {"rope_theta": 500.0},
+    "apertus tied, grouped": {"tie_embeddings": "true", "n_kv_heads": 2},
 }
+CLASSES = {"gpt2": "GPT2LMHead", "llama": "Llama", "qwen3": "Qwen3", "arcee": "Arcee", "apertus": "Apertus"}
 
 
 def config_of(**options: Any) -> ModelConfig:
@@ -52,7 +57,8 @@ def randomised(model: Any) -> Any:
 def test_export_has_the_same_logits_and_comes_back_unchanged(kind: str) -> None:
     model = randomised(Transformer(config_of(**EXPORTED[kind])))
     theirs = to_huggingface(model)
-    assert type(theirs).__name__ == ("GPT2LMHeadModel" if kind.startswith("gpt2") else "LlamaForCausalLM")
+    expected = next(name for key, name in CLASSES.items() if kind.startswith(key))
+    assert type(theirs).__name__ in (f"{expected}Model", f"{expected}ForCausalLM")
     assert theirs.get_input_embeddings().weight.shape[0] == theirs.config.vocab_size == VOCABULARY
     with torch.no_grad():
         ours, logits = model(tokens()), theirs(tokens()).logits
@@ -148,11 +154,12 @@ def test_gpt2_weights_map_one_to_one() -> None:
     "options, there, instead",
     [
         (
-            {},
-            "Llama.*no model.activation=squared_relu, model.qk_norm=true",
+            {"activation": "gelu"},
+            "Llama.*no model.activation=gelu, model.qk_norm=true",
             "model.activation=swiglu model.qk_norm=false",
         ),
-        ({**LLAMA, "qk_norm": "true"}, "Llama.*no model.qk_norm=true", "model.qk_norm=false"),
+        ({"bias": "true"}, "Apertus.*no model.bias=true", "model.bias=false"),
+        ({"logit_soft_cap": 30.0}, "Apertus.*no model.logit_soft_cap=30.0", "model.logit_soft_cap=null"),
         ({**LLAMA, "logit_soft_cap": 30.0}, "Llama.*no model.logit_soft_cap=30.0", "model.logit_soft_cap=null"),
         ({**GPT2, "logit_soft_cap": 30.0}, "GPT-2.*no model.logit_soft_cap=30.0", "model.logit_soft_cap=null"),
         ({**LLAMA, "window": 16}, "Llama.*no model.window=16", "model.window=null"),
@@ -188,6 +195,14 @@ def test_option_without_counterpart_is_named(options: dict[str, Any], there: str
 def test_what_cannot_be_imported_is_named(theirs: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         from_huggingface(theirs())
+
+
+def test_a_learned_scale_of_queries_is_refused() -> None:
+    hf_model = to_huggingface(Transformer(config_of()))
+    with torch.no_grad():
+        hf_model.model.layers[1].self_attn.k_norm.weight[3] = 2
+    with pytest.raises(UserError, match="learned model.layers.1.self_attn.k_norm"):
+        from_huggingface(hf_model)
 
 
 def test_transformers_is_not_imported_before_it_is_needed() -> None:
