@@ -32,6 +32,9 @@ BEFORE: dict[str, Any] = {
         "loader": {
             "packing": "contiguous",
         },
+        "finetuning": {
+            "packing": False,
+        },
     },
     "generation": {
         "precision": "auto",

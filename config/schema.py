@@ -86,6 +86,7 @@ class FinetuningConfig(Section):
     """How examples become samples; see `data.examples`."""
 
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
+    packing: bool
     too_long: Literal["refuse", "truncate", "drop"]
 
 

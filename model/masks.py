@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -99,6 +100,13 @@ def _pieces(documents: Tensor) -> Pieces:
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     starts = begins.flatten().nonzero().flatten()
     return Pieces(torch.diff(starts, append=starts.new_tensor([documents.numel()])).tolist())
+
+
+def positions_in(documents: Tensor) -> Tensor:
+    """How many tokens stand before each in its document: `(batch, T)` int64, of `documents` `(batch, T)`."""
+    places = torch.arange(documents.shape[1], device=documents.device).expand(documents.shape)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+    return places - torch.where(begins, places, 0).cummax(dim=1).values
 
 
 def cached_masks(windows: Iterable[int | None], cache: KVCache, length: int) -> tuple[Tensor, Masks, bool]:

@@ -17,7 +17,7 @@ from model.cache import KVCache
 from model.feed_forward import FeedForward
 from model.init import NoDefaultInit, initialise
 from model.loss import linear_cross_entropy, soft_capped
-from model.masks import cached_masks, causal_masks, flex_takes
+from model.masks import cached_masks, causal_masks, flex_takes, positions_in
 from model.norms import make_norm
 from model.positions import RotaryTables, Rotation
 
@@ -102,8 +102,8 @@ class Transformer(nn.Module):
         cross-entropy in nats, a float32 scalar, over the targets that are not -100; divide it by their global number.
         Where `z_loss` is set, its gradient also pulls log(sum(exp(logits))) towards 0; see `linear_cross_entropy`.
         With a cache, `tokens` continue each row at `cache.lengths`, which grow by T. With `documents` `(batch, T)`,
-        integers that are the same along each document, no token sees one of another document; they do not go with a
-        cache. Raises ValueError where T tokens do not fit into the context or the cache.
+        integers that are the same along each document, no token sees one of another document, and positions count
+        from the beginning of each (rotary ones are relative anyway); they do not go with a cache. Raises ValueError where T tokens do not fit into the context or the cache.
         """
         hidden = self._hidden(tokens, cache, documents)
         if targets is not None:
@@ -141,6 +141,8 @@ class Transformer(nn.Module):
         rotation: Rotation | None = None
         if self.position_embedding is not None:
             vectors = self.position_embedding.weight
+            if documents is not None:
+                positions = positions_in(documents)
             x = x + (vectors[:length] if positions is None else F.embedding(positions, vectors))
         elif self.rotary is not None:
             rotation = self.rotary(length if positions is None else positions)

@@ -97,9 +97,9 @@ def finetune(
         model = _starting_model(job, evaluate)
     result = train(
         job.config,
-        job.train,
+        job.source,
         tokenizer_fingerprint=job.tokenizer.fingerprint,
-        data_fingerprint=job.train.fingerprint,
+        data_fingerprint=job.source.fingerprint,
         evaluate=evaluate,
         ask=_asker(job),
         sampler=_sampler(job) if job.config.training.sample_interval else None,
@@ -139,6 +139,7 @@ def _size(job: Finetuning) -> str:
     return (
         f"{len(train):,} examples to train on, {len(held):,} held out; {train.trained_tokens:,} of {train.tokens:,} "
         f"tokens are trained; the longest example fills {train.length:,} of {job.about['context_length']:,} tokens."
+        + (f" They are packed into {len(job.source):,} sequences." if job.source is not job.train else "")
     )
 
 

@@ -546,7 +546,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 class TestCommand:
     def test_it_learns_to_answer_and_to_stop(self, tuned: tuple[Path, str]) -> None:
         folder, _ = tuned
-        model, info = load_model(folder / "checkpoints/finetuned/model_step_52.pt")
+        model, info = load_model(folder / "checkpoints/finetuned/model_step_60.pt")
         tokenizer = small_tokenizer()
         requests = [
             Request(tokenizer.encode(f"The {animal} says"), 20, SamplingSettings(temperature=0.0)) for animal in ANIMALS
@@ -567,7 +567,7 @@ class TestCommand:
         match = re.search(r"Loss on 7 held-out examples: ([\d.]+) before, ([\d.]+) after", output)
         assert match is not None and float(match[2]) < float(match[1]) - 0.5
         assert output.splitlines()[-1] == (
-            "Next: python scripts/generate.py --checkpoint checkpoints/finetuned/model_step_52.pt"
+            "Next: python scripts/generate.py --checkpoint checkpoints/finetuned/model_step_60.pt"
             " --prompt 'So the cat said'"
         )
         assert (folder / "checkpoints/model_step_7.pt").exists(), "the start stays where it was"
@@ -577,11 +577,11 @@ class TestCommand:
         folder = tmp_path / "copy"
         shutil.copytree(tuned[0], folder)
         checkpoints = folder / "checkpoints/finetuned"
-        whole = load_checkpoint(checkpoints / "model_step_52.pt")["model"]
+        whole = load_checkpoint(checkpoints / "model_step_60.pt")["model"]
         status, output, _ = here(folder, "--resume", "checkpoints/finetuned/model_step_20.pt")
         assert status == 0
-        assert (checkpoints / "model_step_52.pt").stat().st_mtime > (tuned[0] / "animals.jsonl").stat().st_mtime
-        resumed = load_checkpoint(checkpoints / "model_step_52.pt")["model"]
+        assert (checkpoints / "model_step_60.pt").stat().st_mtime > (tuned[0] / "animals.jsonl").stat().st_mtime
+        resumed = load_checkpoint(checkpoints / "model_step_60.pt")["model"]
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
         before = re.search(r"examples: ([\d.]+ before, [\d.]+ after)", tuned[1])
         assert before is not None and before[1] in output
@@ -622,7 +622,7 @@ class TestCommand:
         weights = []
         for size in (8, 2):
             other = [f"training.micro_batch_size={size}", f"training.checkpoint_dir=size-{size}"]
-            other += ["training.precision=fp32", "training.adamw.eps=0.01"]
+            other += ["training.precision=fp32", "training.adamw.eps=0.01", "data.finetuning.packing=false"]
             status, _, _ = here(folder, "--dataset", "set.jsonl", *QUICK, *other, "training.epochs=2")
             assert status == 0
             weights.append(load_checkpoint(folder / f"size-{size}/model_step_2.pt")["model"])

@@ -14,6 +14,7 @@ from config.errors import UserError
 from config.load import CONFIG_DIR, load_config
 from config.schema import Config
 from data.examples.encoding import EncodedExamples, encode_examples
+from data.examples.packed import PackedExamples
 from data.examples.reading import Example, format_of, read_examples
 from data.examples.samples import ExampleSamples, hold_out, refuse_shared_prompts
 from data.tokenization import Tokenizer
@@ -43,12 +44,13 @@ class Asked:
 class Finetuning:
     """`about` is what every checkpoint of the run is to tell; `start` holds the first weights, `resume` later ones.
 
-    `probe` is the first held-out example. `encoded` is the account of the set, and of the validation set where that is
+    `source` is `train` as the training loop reads it. `probe` is the first held-out example. `encoded` is the account of the set, and of the validation set where that is
     a file of its own.
     """
 
     config: Config
     tokenizer: Tokenizer
+    source: ExampleSamples | PackedExamples
     train: ExampleSamples
     validation: ExampleSamples
     probe: Example
@@ -95,6 +97,8 @@ def open_finetuning(asked: Asked, watch: Watch = lambda examples, what: examples
     config, start, resume = starting_config(asked)
     if config.training.short_sequences.length is not None:
         raise UserError("training.short_sequences would cut examples apart. Set training.short_sequences.length=null.")
+    if config.training.batch_warmup.sequences is not None:
+        raise UserError("training.batch_warmup is for pre-training alone. Set training.batch_warmup.sequences=null.")
     state = load_checkpoint(resume or start)
     before: dict[str, Any] = state["finetuning"] if resume else {}
     dataset = asked.dataset or _path(before.get("dataset"))
@@ -127,6 +131,7 @@ def open_finetuning(asked: Asked, watch: Watch = lambda examples, what: examples
         probe = found.examples[int(np.argmax(held))]
         trained = [example for example, out in zip(found.examples, held, strict=True) if not out]
     train = ExampleSamples(parts[0], tokenizer.pad_id, length, [example.location for example in trained])
+    source = PackedExamples(train, length) if config.data.finetuning.packing else train
     heldout = ExampleSamples(parts[1], tokenizer.pad_id, length)
 
     about = {
@@ -137,8 +142,9 @@ def open_finetuning(asked: Asked, watch: Watch = lambda examples, what: examples
         "context_length": length,
     }
     return Finetuning(
-        config=_fitted(config, train.length),
+        config=_fitted(config, source.length),
         tokenizer=tokenizer,
+        source=source,
         train=train,
         validation=heldout,
         probe=probe,

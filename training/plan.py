@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -54,8 +55,10 @@ def sequence_length(model: ModelConfig, training: TrainingConfig) -> int:
     return training.sequence_length or model.context_length
 
 
-def make_plan(config: Config, samples: int, world_size: int) -> Plan:
+def make_plan(config: Config, samples: int, world_size: int, examples_per_sample: float = 1.0) -> Plan:
     """Plan a run over `samples` sequences per epoch on `world_size` processes.
+
+    `training.batch_size` counts examples; where a sample holds several, a step has so many samples as hold as many.
 
     A micro-batch holds at most `training.micro_batch_size` rows; where that does not divide a process's rows, the next
     smaller size that does is taken, so that every forward pass has the same shape.
@@ -63,23 +66,30 @@ def make_plan(config: Config, samples: int, world_size: int) -> Plan:
     training = config.training
     layout = make_layout(config, world_size)
     shares = layout.data_size
-    sizes = {"batch_size": training.batch_size, "batch_warmup.sequences": training.batch_warmup.sequences or shares}
+    batch_size = max(1, round(training.batch_size / examples_per_sample))
+    if batch_size != training.batch_size and batch_size % shares:
+        enough = round(math.ceil(batch_size / shares) * shares * examples_per_sample)
+        raise UserError(
+            f"training.batch_size={training.batch_size} examples fill {batch_size} packed samples, which cannot be "
+            f"dealt evenly to {shares} processes. Set training.batch_size={enough}, or data.finetuning.packing=false."
+        )
+    sizes = {"batch_size": batch_size, "batch_warmup.sequences": training.batch_warmup.sequences or shares}
     for key, size in sizes.items():
         if size % shares:
             raise UserError(
                 f"training.{key}={size} cannot be dealt evenly to {shares} processes; choose a multiple of {shares}."
             )
-    rows = training.batch_size // shares
+    rows = batch_size // shares
     steps = training.max_steps
     if steps is None:
         assert training.epochs is not None
-        missing = training.batch_warmup.steps * training.batch_size
-        missing -= sequences_through(training.batch_warmup, training.batch_warmup.steps, training.batch_size)
-        steps = max(1, round((training.epochs * samples + missing) / training.batch_size))
+        missing = training.batch_warmup.steps * batch_size
+        missing -= sequences_through(training.batch_warmup, training.batch_warmup.steps, batch_size)
+        steps = max(1, round((training.epochs * samples + missing) / batch_size))
     return Plan(
         layout=layout,
         steps=steps,
-        batch_size=training.batch_size,
+        batch_size=batch_size,
         batch_warmup=training.batch_warmup,
         sequence_length=sequence_length(config.model, training),
         rows=rows,

@@ -26,6 +26,7 @@ FIXED_TRAINING = (
     "documents",
     "optimizer",
 )
+FIXED_DATA = ("loader.packing", "finetuning.packing")
 
 
 def run_config(
@@ -84,7 +85,9 @@ def _fixed(saved: Config, config: Config) -> list[tuple[str, Any, Any]]:
         if key == "sequence_length":
             before, now = (sequence_length(each.model, each.training) for each in (saved, config))
         pairs.append((f"training.{key}", before, now))
-    return [*pairs, ("data.loader.packing", saved.data.loader.packing, config.data.loader.packing)]
+    for key in FIXED_DATA:
+        pairs.append((f"data.{key}", *(attrgetter(key)(each.data) for each in (saved, config))))
+    return pairs
 
 
 def _show(value: Any) -> str:

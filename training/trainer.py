@@ -90,7 +90,7 @@ def train(
         catch_signals(requests),
         determinism(config.training.deterministic),
     ):
-        plan = make_plan(config, len(source), process.world_size)
+        plan = make_plan(config, len(source), process.world_size, getattr(source, "examples_per_sample", 1.0))
         config = choose_rates(config, plan)
         training = config.training
         precision = Precision(training.precision, process.device)

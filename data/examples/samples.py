@@ -20,9 +20,8 @@ MULTIPLE = 8
 class ExampleSamples:
     """One example per sample (a `SampleSource`), filled up with padding to the length of the longest.
 
-    An example never sees another one: attention has no document mask, so none are packed together. `length` is the time
-    dimension of every sample, a multiple of 8 where `context_length` allows it; padding carries no loss. `locations`
-    say where each example was read.
+    `length` is the time dimension of every sample, a multiple of 8 where `context_length` allows it; padding carries no
+    loss. `locations` say where each example was read. `PackedExamples` makes samples with less padding of them.
     """
 
     def __init__(
@@ -38,6 +37,11 @@ class ExampleSamples:
 
     def __len__(self) -> int:
         return len(self.ends)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of every example, `(examples,)`."""
+        return np.diff(self.ends, prepend=0)
 
     @property
     def tokens(self) -> int:
