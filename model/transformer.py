@@ -103,7 +103,8 @@ class Transformer(nn.Module):
         Where `z_loss` is set, its gradient also pulls log(sum(exp(logits))) towards 0; see `linear_cross_entropy`.
         With a cache, `tokens` continue each row at `cache.lengths`, which grow by T. With `documents` `(batch, T)`,
         integers that are the same along each document, no token sees one of another document, and positions count
-        from the beginning of each (rotary ones are relative anyway); they do not go with a cache. Raises ValueError where T tokens do not fit into the context or the cache.
+        from the beginning of each (rotary ones are relative anyway); they do not go with a cache. Raises ValueError
+        where T tokens do not fit into the context or the cache.
         """
         hidden = self._hidden(tokens, cache, documents)
         if targets is not None:

@@ -44,8 +44,8 @@ class Asked:
 class Finetuning:
     """`about` is what every checkpoint of the run is to tell; `start` holds the first weights, `resume` later ones.
 
-    `source` is `train` as the training loop reads it. `probe` is the first held-out example. `encoded` is the account of the set, and of the validation set where that is
-    a file of its own.
+    `source` is `train` as the training loop reads it. `probe` is the first held-out example. `encoded` is the account
+    of the set, and of the validation set where that is a file of its own.
     """
 
     config: Config
