@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,6 +160,20 @@ class TestChat:
         assert plain.choices[0].logprobs.content[0].top_logprobs == []
         with pytest.raises(openai.BadRequestError, match="top_logprobs"):
             client.chat.completions.create(model=MODEL, messages=TALK, top_logprobs=3)
+
+    def test_an_answer_in_the_form_of_a_schema(self, client: openai.OpenAI) -> None:
+        schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
+        form: Any = {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}},
+        }
+        settings: dict[str, Any] = {"model": MODEL, "messages": TALK, "max_tokens": 300, "seed": 1}
+        answer = client.chat.completions.create(**settings, response_format=form).choices[0]
+        assert list(json.loads(answer.message.content or "")) == ["sure"]
+        form["json_schema"]["schema"] = {"type": "nothing"}
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**settings, response_format=form)
+        assert caught.value.param == "response_format"
 
     def test_parts_developer_and_the_answer_sent_back(self, client: openai.OpenAI) -> None:
         settings: dict[str, Any] = {"model": MODEL, "max_tokens": 5, "seed": 4}

@@ -7,7 +7,7 @@ from typing import Any
 
 # What OpenAI knows and this server has no counterpart for; other names are unknown.
 UNSUPPORTED = frozenset(
-    "audio best_of function_call functions modalities prediction reasoning_effort response_format suffix tool_choice "
+    "audio best_of function_call functions modalities prediction reasoning_effort suffix tool_choice "
     "tool_calls tools web_search_options".split()
 )
 # Where a field takes values of several kinds, one sentence says which.

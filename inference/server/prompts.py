@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from config.errors import UserError
 from config.schema import GenerationConfig
 from data.tokenization.chat import encode_messages
+from inference.constraints import Constraint, json_object, json_schema
 from inference.engine import Request
 from inference.prompting import chat_stop_tokens
 from inference.sampling import SamplingSettings
 from inference.server.answers import ChatFormat, Format, ModelCard, TextFormat
 from inference.server.errors import ApiError, invalid
 from inference.server.likelihoods import Trail
-from inference.server.protocol import ChatBody, CompletionBody, GenerationBody
+from inference.server.protocol import ChatBody, CompletionBody, GenerationBody, ObjectFormat, SchemaFormat
 
 if TYPE_CHECKING:
     from data.tokenization import Tokenizer
@@ -145,7 +146,7 @@ def _task(
     wanted = asked if asked is not None else min(settings.max_new_tokens, limit or settings.max_new_tokens)
     seed = body.seed if body.seed is not None else settings.seed
     first = secrets.randbits(63) if seed is None else seed
-    sampling = sampling_of(body, served)
+    sampling, form = sampling_of(body, served), _form(body, served.tokenizer)
     stops = tuple(settings.stop if body.stops is None else body.stops)
     requests = [
         Request(
@@ -156,12 +157,24 @@ def _task(
             stop=stops,
             stop_tokens=stop_tokens,
             logprobs=body.alternatives,
+            constraint=form,
         )
         for ids in prompts
         for choice in range(body.n)
     ]
     trails = [None if body.alternatives is None else Trail(served.tokenizer) for _ in requests]
     return Task(requests, sum(len(ids) for ids in prompts), answer, trails)
+
+
+def _form(body: GenerationBody, tokenizer: Tokenizer) -> Constraint | None:
+    """The form that a text must keep to."""
+    asked = body.response_format
+    try:
+        if isinstance(asked, ObjectFormat):
+            return json_object(tokenizer)
+        return json_schema(asked.json_schema.json_schema, tokenizer) if isinstance(asked, SchemaFormat) else None
+    except UserError as error:
+        raise invalid("response_format", str(error).rstrip(".")) from error
 
 
 def sampling_of(body: GenerationBody, served: Served) -> SamplingSettings:

@@ -41,6 +41,35 @@ class StreamOptions(Body):
     """Accepted; nothing is padded here."""
 
 
+class PlainFormat(Body):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaOfFormat(Body):
+    """A JSON schema, which what is written keeps to."""
+
+    name: StrictStr
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    description: StrictStr | None = None
+    strict: StrictBool | None = None
+    """Accepted; the schema is always enforced."""
+
+
+class SchemaFormat(Body):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: SchemaOfFormat
+
+
 class GenerationBody(Body):
     """What completions and chat completions share. A setting left out is that of the server's `generation` section."""
 
@@ -69,6 +98,8 @@ class GenerationBody(Body):
         Annotated[dict[TokenName, Annotated[Number, Field(ge=-100.0, le=100.0)]], Field(max_length=1024)] | None
     ) = None
     """What is added to the logits of tokens, by their ids."""
+    response_format: Annotated[PlainFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    """The form that what is written keeps to, token by token."""
     user: StrictStr | None = None
     """Accepted, not used; so are the fields after it."""
     metadata: dict[str, Any] | None = None
