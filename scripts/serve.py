@@ -146,20 +146,24 @@ def _served(
     max_tokens: int | None,
 ) -> Served:
     """The model as its users see it."""
-    from inference.server.answers import ModelCard
+    from inference.server.answers import Defaults, ModelCard
     from inference.server.prompts import Served
 
     info = loaded.info
     if chat and loaded.tokenizer.chat_template is None:
         raise UserError("--chat: the tokenizer has no chat template.")
+    settings = config.generation
+    limit = min(settings.max_new_tokens, max_tokens or settings.max_new_tokens)
+    shared = settings.model_dump(include=set(Defaults.model_fields))
     card = ModelCard(
         id=name or f"{info.run_name or 'model'}/{info.step}",
         created=int(info.path.stat().st_mtime),
         context_length=loaded.model.config.context_length,
         parameters=loaded.model.num_parameters(),
         chat=loaded.chat if chat is None else chat,
+        defaults=Defaults(max_tokens=limit, **shared),
     )
-    return Served(card, loaded.tokenizer, config.generation, max_prompt_tokens, max_tokens)
+    return Served(card, loaded.tokenizer, settings, max_prompt_tokens, max_tokens)
 
 
 def main() -> None:

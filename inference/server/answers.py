@@ -41,6 +41,21 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+class Defaults(BaseModel):
+    """What a request that leaves a setting out gets; null where it is drawn anew."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+
+
 class ModelCard(BaseModel):
     """The model that is served. The fields after `owned_by` are not in OpenAI's interface."""
 
@@ -53,6 +68,7 @@ class ModelCard(BaseModel):
     context_length: int
     parameters: int
     chat: bool
+    defaults: Defaults
 
 
 class ModelList(BaseModel):
