@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +21,15 @@ from config.command import (
 )
 from training.signals import expect_signals
 
+Reproduce = Annotated[
+    Path | None,
+    typer.Option(
+        "--reproduce",
+        metavar="runs/NAME",
+        help="Run that run again, and say whether the result is the same bit for bit.",
+    ),
+]
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -35,17 +45,22 @@ def train(
     resume: Resume = None,
     deterministic: Deterministic = False,
     profile: Profile = False,
+    reproduce: Reproduce = None,
     print_config: PrintConfig = False,
 ) -> None:
     """Train a language model on the token files: fresh, or on from a checkpoint.
 
     Reads corpus/tokens/, writes checkpoints/model_step_N.pt and the record of
     the run to runs/NAME/. Ctrl-C finishes the step, saves, and says how to go on.
-    For several GPUs use scripts/distributed_train.py.
+    For several GPUs use scripts/distributed_train.py. With --reproduce, a run is
+    run again and told whether it came to the same bits: the exit status is 1 if not.
     """
     from training.environment import calm_threads
 
     settings = with_determinism(overrides, deterministic)
+    if reproduce is not None:
+        _refuse_beside_reproduce(recipe, resume)
+        return _reproduce(reproduce, settings, print_config)
     if resume is None:
         resolve(recipe, settings, print_config)
     calm_threads()
@@ -81,6 +96,59 @@ def train(
         _report(result)
     if result.stopped_by:
         raise typer.Exit(128 + result.stopped_by)
+
+
+def _refuse_beside_reproduce(recipe: Path | None, resume: str | None) -> None:
+    from config.errors import UserError
+
+    for option, value in (("--config", recipe), ("--resume", resume)):
+        if value is not None:
+            raise UserError(f"--reproduce takes everything from the run's folder. Leave {option} out.")
+
+
+def _reproduce(directory: Path, settings: list[str], print_config: bool) -> None:
+    """Run the run of `directory` again, under another name, and say whether it came to the same bits."""
+    from training.environment import calm_threads
+
+    calm_threads()
+    import os
+
+    import torch
+
+    from config.files import local
+    from data.tokens import TokenFiles
+    from evaluation.run_report import write_page
+    from training import trainer
+    from training.pretraining import open_pretraining
+    from training.reproduction import environment_of, open_original
+
+    original = open_original(directory)
+    config = original.config(settings)
+    show(config, print_config)
+    manifest = TokenFiles(local(config.data.tokens_dir, "data.tokens_dir"), "train").manifest
+    original.require_same_data(manifest.tokenizer_fingerprint, manifest.fingerprint)
+    job = open_pretraining(config, None)
+    torch.set_num_threads(original.last_start["threads"])
+    if not int(os.environ.get("RANK", 0)):
+        for change in original.changes(job.config, environment_of(job.config)):
+            print(f"warning: {change}.")
+    result = trainer.train(
+        job.config,
+        job.source,
+        tokenizer_fingerprint=job.tokenizer_fingerprint,
+        data_fingerprint=job.data_fingerprint,
+        evaluate=evaluator(job),
+        ask=_asker(job),
+        sampler=_sampler(job),
+        recipe=original.config([]),
+        page=write_page,
+    )
+    if result.stopped_by:
+        raise typer.Exit(128 + result.stopped_by)
+    if result.is_main:
+        same, told = original.compare(result.run_dir)
+        print(told)
+        raise typer.Exit(0 if same else 1)
 
 
 def _describe(job: Pretraining) -> None:
@@ -138,8 +206,6 @@ def _asker(job: Pretraining) -> Callable[[Transformer, int, int], float] | None:
     config = job.config
     if config.training.task_interval is None:
         return None
-    from pathlib import Path
-
     from data.tokenization import load_tokenizer
     from data.tokens import check_tokens
     from evaluation.questions import questions
@@ -161,8 +227,6 @@ def _sampler(job: Pretraining) -> Callable[[Transformer], str] | None:
     config = job.config
     if not config.training.sample_interval:
         return None
-    from pathlib import Path
-
     from data.tokenization import load_tokenizer
     from data.tokens import check_tokens
     from inference.prompting import sample_text

@@ -373,6 +373,7 @@ class TestRecord:
             "environment.json",
             "metrics.jsonl",
             "curves.png",
+            "result.json",
         }
         rows = metrics(result.run_dir)
         assert [row["step"] for row in rows] == [2, 4, 6, 8]

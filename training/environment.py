@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
 import subprocess
@@ -51,6 +52,7 @@ def describe() -> dict[str, Any]:
         "versions": {name: found for name in REPORTED if (found := _version(name))},
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_diff_sha256": _git_diff(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "cpu": _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -77,6 +79,16 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def _git_diff() -> str | None:
+    """SHA-256 of what differs from the commit in files that git knows; None where nothing does, or without git."""
+    command = ["git", "diff", "--binary", "--no-ext-diff", "HEAD", "--", ":/"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return hashlib.sha256(done.stdout).hexdigest() if done.stdout else None
 
 
 def _cpu_name() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ class Record:
         state: dict[str, Any],
         recipe: Config | None = None,
         page: Page | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config
         self.checkpoints = Checkpoints(config.training, directory.name, console.say, state.get("best"))
         step = state.get("step", 0)
         self.checkpoints.set_aside_others(step)
-        self.tracker = Tracker(directory, config, console.say, step, state.get("wandb_id"), recipe, page)
+        self.tracker = Tracker(directory, config, console.say, step, state.get("wandb_id"), recipe, page, inputs)
 
     def save(self, state: dict[str, Any], final: bool) -> UserError | None:
         """Save a checkpoint; returns what kept it from being written, such as a full disk, if that is known already."""

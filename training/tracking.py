@@ -1,12 +1,13 @@
 """The record of a run: `runs/<name>/` on disk, and Weights & Biases beside it.
 
 config.yaml        the resolved configuration
-environment.json   versions, code and hardware, one entry per start of the run
+environment.json   versions, code, hardware and data, one entry per start of the run
 metrics.jsonl      one JSON object per logged step
 samples.jsonl      sample texts over time
 skipped.jsonl      the batches of steps that were left out, if there were any
 curves.png         losses and learning rate
 recipe.yaml        what the configuration was before the command line changed single settings
+result.json        once the run is complete: its last step, validation loss, and the hash of its weights
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ SKIPPED = "skipped.jsonl"
 CURVES = "curves.png"
 ENVIRONMENT = "environment.json"
 RECIPE = "recipe.yaml"
+RESULT = "result.json"
 
 Page = Callable[[Path], object]  # makes the page of the run in a folder
 
@@ -39,7 +41,8 @@ Page = Callable[[Path], object]  # makes the page of the run in a folder
 class Tracker:
     """Writes the record of one run. A full disk never stops a run here: lines wait and are written when there is room.
 
-    A run that resumes at `step` loses what an earlier attempt recorded after it.
+    A run that resumes at `step` loses what an earlier attempt recorded after it. `inputs` is what the environment does
+    not know: fingerprints of data and tokenizer, device and precision.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Tracker:
         wandb_id: str | None,
         recipe: Config | None = None,
         page: Page | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory = directory
         self._warn = warn
@@ -64,7 +68,8 @@ class Tracker:
         if recipe is not None:
             save_config(recipe, directory / RECIPE)
         self._page = page
-        _append_environment(directory / ENVIRONMENT, step)
+        (directory / RESULT).unlink(missing_ok=True)
+        _append_environment(directory / ENVIRONMENT, step, inputs or {})
         self._wandb = WandbRun(config, directory, wandb_id, warn)
 
     @property
@@ -146,9 +151,9 @@ def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
     return kept
 
 
-def _append_environment(path: Path, step: int) -> None:
+def _append_environment(path: Path, step: int, inputs: Mapping[str, Any]) -> None:
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    write_text(path, json.dumps([*starts, {"from_step": step, **describe()}], indent=2) + "\n")
+    write_text(path, json.dumps([*starts, {"from_step": step, **describe(), **inputs}], indent=2) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -27,6 +27,7 @@ from training.precision import Precision, require_float8
 from training.probing import is_out_of_memory, largest_micro_batch, memory_advice
 from training.profiling import PROFILE, Profile
 from training.record import Record
+from training.reproduction import weights_hash, write_result
 from training.resume import require_same_data, require_same_tokenizer
 from training.scaling import choose_rates, describe
 from training.setup import Progress, load_state, new_model, run_name, should_compile, with_run_name
@@ -129,7 +130,14 @@ def train(
             return TrainResult(progress.step, plan.steps, run_dir, resume, loss, stopped, False, process.is_main)
 
         console = Console(enabled=process.is_main)
-        record = _open_record(process, with_run_name(config, name), run_dir, console, state, recipe, page)
+        inputs = {
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "data_fingerprint": data_fingerprint,
+            "finetuned": finetuning is not None,
+            "device": process.device.type,
+            "precision": precision.name,
+        }
+        record = _open_record(process, with_run_name(config, name), run_dir, console, state, recipe, page, inputs)
         console.say(_headline(name, model, plan, process, precision, progress))
         if chosen := describe(config):
             console.say(chosen)
@@ -173,6 +181,8 @@ def train(
                 record.close()
         checkpoint = record.checkpoints.latest if record is not None else None
         loss = loop.validation_loss
+        if record is not None and stopped_by is None:
+            write_result(run_dir, progress.step, loss, None if plan.layout.shares_weights else weights_hash(model))
         return TrainResult(progress.step, plan.steps, run_dir, checkpoint, loss, stopped_by, False, process.is_main)
 
 
