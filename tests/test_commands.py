@@ -58,6 +58,7 @@ TYPED: dict[str, list[str]] = {
         *[setting for setting in SMALL if not setting.startswith("model.")],
         "training.epochs=1",
     ],
+    "python scripts/export.py --to huggingface exported": [],
     "python scripts/report.py": [],
 }
 INSTALLATION = {"pip install -r requirements.txt"}
@@ -121,7 +122,7 @@ class TestWhatIsWrittenDown:
         ).stdout.splitlines()
         run = [match[0] for line in lines if (match := re.search(r"(data|scripts)/\w+\.py", line))]
         road = [line.split()[1] for line in TYPED if not re.search("--(list|dry-run|resume)", line)]
-        left_out = {"scripts/distributed_train.py", "scripts/finetune.py"}
+        left_out = {"scripts/distributed_train.py", "scripts/finetune.py", "scripts/export.py"}
         assert [script for script in run if script in road] == [script for script in road if script not in left_out]
 
 
@@ -226,6 +227,9 @@ def test_the_road_from_raw_text_to_fine_tuned_answers(clone: Path) -> None:
     output, _ = type_in(clone, proposed(output), "generation.max_new_tokens=8", "--no-chat")
     assert "+ 1" in output, "without the chat template the prompt is a text to go on with"
 
+    output, _ = type_in(clone, next(typed))
+    assert "Next: AutoModelForCausalLM.from_pretrained" in output
+    assert "| tokens trained on | 2,048 |" in (clone / "exported/README.md").read_text(encoding="utf-8")
     output, _ = type_in(clone, next(typed))
     assert proposed(output).startswith("python scripts/generate.py")
     assert list((clone / "runs").rglob("report.html"))

@@ -1,0 +1,89 @@
+"""A checkpoint as a folder of Hugging Face's `transformers`, which vLLM and the others of that field read, too."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from config.errors import UserError
+from config.files import disk_errors, recover_directory, replace_directory, write_text
+from data.tokenization import Tokenizer
+from data.tokenization.probes import probe_texts
+from data.tokenization.storage import TOKENIZER_CONFIG
+from inference.exporting.card import model_card
+from inference.exporting.subject import Subject, check_free, check_room, save_tokenizer
+
+_OURS = re.compile(
+    r"(model[\w.-]*\.safetensors|model\.safetensors\.index|config|generation_config|tokenizer(_config)?)"
+)
+_ROOM = 20_000_000  # bytes for all but the weights
+
+
+def check_folder(target: Path, force: bool) -> None:
+    """Raise `UserError` where `target` must not become the folder: it exists, and without `force` or as no export."""
+    recover_directory(target.absolute())
+    names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    foreign = [name for name in names if name != "README.md" and not _OURS.fullmatch(name.removesuffix(".json"))]
+    check_free(target, force, foreign if target.is_dir() or not target.exists() else [target.name])
+
+
+def write_folder(subject: Subject, target: Path) -> None:
+    """Make `target` the folder of `subject`, in place of one that is there, all at once.
+
+    Raises `UserError` where the tokenizer has no counterpart or the disk no room; what was there is unchanged then.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    settings_of: Any = transformers.GenerationConfig
+    target = Path(os.path.abspath(target))
+    check_room(target, subject.bytes + _ROOM)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    ends, tokenizer = subject.ends, subject.tokenizer
+    tokens: dict[str, Any] = {"bos_token_id": tokenizer.end_of_text_id, "eos_token_id": ends if ends[1:] else ends[0]}
+    try:
+        with disk_errors(target):
+            temporary.mkdir(parents=True, exist_ok=True)
+            save_tokenizer(tokenizer, temporary)
+            _limit_length(temporary / TOKENIZER_CONFIG, subject.config.context_length)
+            subject.theirs.config.update(tokens)
+            subject.theirs.generation_config = settings_of(**tokens, pad_token_id=tokenizer.pad_id)
+            subject.theirs.save_pretrained(temporary)
+            write_text(temporary / "README.md", model_card(subject, target.name))
+            check_tokenizer(temporary, tokenizer)
+            for path in temporary.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        replace_directory(temporary, target)
+    except SafetensorError as error:
+        raise UserError(f"{target} could not be written: {error}. What was there before is unchanged.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _limit_length(path: Path, length: int) -> None:
+    content = json.loads(path.read_text(encoding="utf-8")) | {"model_max_length": length}
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise `UserError` unless what `transformers` reads from `folder` gives the same ids as `tokenizer`."""
+    import transformers
+
+    load: Any = transformers.AutoTokenizer
+    theirs = load.from_pretrained(folder)
+    texts = probe_texts()
+    spelled = [text for text in texts if any(name in text for name in tokenizer.special_tokens)]
+    plain = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    special = [tokenizer.encode(text, allow_special=True) for text in spelled]
+    for some, split, expected in ((texts, True, plain), (spelled, False, special)):
+        found = theirs(some, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+        for text, ids, wanted in zip(some, found, expected, strict=True):
+            if ids != wanted:
+                raise UserError(
+                    f"transformers gives other ids than this tokenizer for {text[:40]!r}; nothing was written."
+                )

@@ -1,0 +1,172 @@
+"""scripts/export.py: what it writes is loaded by the programs that it is meant for, and gives the same there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from config.errors import UserError
+from data.tokenization.chat import encode_messages
+from data.tokenization.probes import EDGES, LANGUAGES
+from inference.exporting.folder import check_tokenizer
+from model.checkpoint import load_model
+from scripts.export import export
+from tests.workspace import Workspace, make_workspace, small_tokenizer
+
+GPT2 = ["position=learned", "norm=layernorm", "activation=gelu", "bias=true", "qk_norm=false", "tie_embeddings=true"]
+LLAMA = ["activation=swiglu", "qk_norm=false", "n_kv_heads=1"]
+KINDS = {"apertus": [], "llama": LLAMA, "gpt2": GPT2, "qwen3": LLAMA[:1], "arcee": LLAMA[1:]}
+CHAT = {"finetuning": {"format": "messages"}, "validation_loss": 2.5}
+MESSAGES = [{"role": "user", "content": "What is 3 + 4?"}]
+
+
+class Exported(NamedTuple):
+    workspace: Workspace
+    folder: Path
+
+
+def workspace_of(folder: Path, kind: str = "apertus", **entries: Any) -> Workspace:
+    return make_workspace(folder, *[f"model.{setting}" for setting in KINDS[kind]], **entries)
+
+
+def tokens(workspace: Workspace) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, workspace.tokenizer.vocab_size, (2, 32), generator=generator)
+
+
+def load(folder: Path, what: str = "AutoModelForCausalLM", **options: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, what).from_pretrained(folder, **options)
+
+
+@pytest.fixture(scope="module", params=["completion", "chat"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
+    """The default kind of model, after pre-training and after fine-tuning on messages."""
+    folder = tmp_path_factory.mktemp("export")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        workspace = workspace_of(folder, **(CHAT if request.param == "chat" else {"cursor": 50}))
+        export(Path("out"))
+    yield Exported(workspace, folder / "out")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class TestHuggingFace:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_logits_are_the_same(self, here: Path, kind: str) -> None:
+        workspace = workspace_of(here, kind)
+        export(here / "out")
+        with torch.no_grad():
+            ours, logits = workspace.model(tokens(workspace)), load(here / "out")(tokens(workspace)).logits
+        assert ours.std() > 0.3
+        assert (logits - ours).abs().max() < 1e-4
+
+    def test_ids_are_the_same(self, exported: Exported) -> None:
+        theirs = load(exported.folder, "AutoTokenizer")
+        tokenizer = exported.workspace.tokenizer
+        texts = [*LANGUAGES, *EDGES]
+        for text in texts:
+            assert theirs(text)["input_ids"] == tokenizer.encode(text, allow_special=True)
+            assert theirs(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text)
+            assert theirs.decode(tokenizer.encode(text)) == text
+
+    def test_special_tokens_and_chat(self, exported: Exported) -> None:
+        theirs, tokenizer = load(exported.folder, "AutoTokenizer"), exported.workspace.tokenizer
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.end_of_text_id,) * 2
+        assert (theirs.pad_token_id, theirs.model_max_length) == (tokenizer.pad_id, 32)
+        ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+        assert ids == encode_messages(tokenizer, MESSAGES, add_generation_prompt=True)[0]
+
+    def test_a_text_ends_where_it_was_trained_to(self, exported: Exported) -> None:
+        names = exported.workspace.tokenizer.special_tokens
+        chat = load_model(exported.workspace.checkpoint)[1].finetuning is not None
+        ends = [names["<|endoftext|>"], names["<|end|>"]] if chat else names["<|endoftext|>"]
+        model = load(exported.folder)
+        for settings in (model.generation_config, model.config):
+            assert settings.eos_token_id == ends
+        assert model.generation_config.pad_token_id == names["<|pad|>"]
+
+    def test_the_card_says_what_the_checkpoint_knows(self, exported: Exported) -> None:
+        card = (exported.folder / "README.md").read_text()
+        assert "# small-run, step 7" in card and "`ApertusForCausalLM`: 2 layers of width 32, 2 heads" in card
+        parameters = sum(weight.numel() for weight in load(exported.folder).parameters())
+        assert f"| parameters | {parameters:,} |" in card
+        assert "vllm serve out --model-impl transformers" in card
+        chat = "conversations" in card
+        assert chat == ("validation loss | 2.5000" in card) == ("apply_chat_template" in card)
+        assert chat != ("| tokens trained on | 1,600 |" in card)
+
+    def test_the_card_s_python_runs(self, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(exported.folder.parent)
+        code = (exported.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        exec(code.replace("max_new_tokens=100", "max_new_tokens=2"), {})  # noqa: S102
+
+    def test_dtype(self, here: Path) -> None:
+        workspace = workspace_of(here)
+        export(here / "out", dtype="f16")
+        theirs = load(here / "out")
+        assert theirs.dtype == torch.float16
+        expected = workspace.model.state_dict()["blocks.1.attention.query.weight"].half()
+        assert torch.equal(theirs.state_dict()["model.layers.1.self_attn.q_proj.weight"], expected)
+
+
+class TestBadInput:
+    def test_a_folder_that_exists_is_replaced_only_by_force(
+        self, here: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        workspace_of(here)
+        export(Path("out"))
+        assert "Written to out: small-run, step 7, ApertusForCausalLM" in capsys.readouterr().out
+        with pytest.raises(UserError, match="out exists. Add --force"):
+            export(Path("out"))
+        export(Path("out"), force=True, dtype="bf16")
+        assert load(here / "out").dtype == torch.bfloat16
+        (here / "out/thesis.txt").write_text("precious")
+        with pytest.raises(UserError, match="holds other files .thesis.txt"):
+            export(Path("out"), force=True)
+        assert (here / "out/thesis.txt").read_text() == "precious"
+        with pytest.raises(UserError, match="holds other files .thesis.txt"):
+            export(Path("out/thesis.txt"), force=True)
+
+    def test_a_disk_without_room_is_said_before_anything_is_written(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        workspace_of(here)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+        with pytest.raises(UserError, match="takes 20.* MB, and its disk has 0.0 MB left"):
+            export(Path("deep/out"))
+        assert not (here / "deep").exists()
+
+    def test_what_has_no_counterpart_is_named_and_nothing_left_behind(self, here: Path) -> None:
+        make_workspace(here, "model.logit_soft_cap=30.0")
+        before = sorted(here.iterdir())
+        with pytest.raises(UserError, match="Only a model trained with model.logit_soft_cap=null can be exported"):
+            export(Path("out"))
+        assert sorted(here.iterdir()) == before
+
+    def test_a_tokenizer_of_sentencepiece_is_refused(self, here: Path) -> None:
+        kind = ("data.tokenizer.kind=sentencepiece-bpe", "data.tokenizer.encoder=auto")
+        tokenizer = small_tokenizer(*kind, "data.tokenizer.vocab_size=400")
+        workspace_of(here, tokenizer_fingerprint=tokenizer.fingerprint)
+        shutil.rmtree(here / "corpus/tokenizer")
+        tokenizer.save(here / "corpus/tokenizer")
+        before = sorted(here.iterdir())
+        with pytest.raises(UserError, match="trained with data.tokenizer.kind=bpe can be exported"):
+            export(Path("out"))
+        assert sorted(here.iterdir()) == before
+
+    def test_a_tokenizer_that_gives_other_ids_there_is_told(self, exported: Exported) -> None:
+        check_tokenizer(exported.folder, exported.workspace.tokenizer)
+        with pytest.raises(UserError, match="other ids than this tokenizer for 'All human beings"):
+            check_tokenizer(exported.folder, small_tokenizer("data.tokenizer.vocab_size=290"))
