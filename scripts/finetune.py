@@ -243,20 +243,11 @@ def _report(job: Finetuning, result: TrainResult) -> None:
     """The last lines: what was learned and written, and what to type next."""
     import math
     import shlex
-    import signal
+
+    from training.ending import told_end
 
     resumed = f"python scripts/finetune.py --resume {shlex.quote(str(result.checkpoint))}"
-    if result.already_complete:
-        print(f"This run is complete: step {result.step:,} of {result.steps:,}. Nothing was done.")
-        print(f"To train on: {resumed} training.epochs=N, with more of them than before.")
-        return
-    if result.stopped_by is not None:
-        cause = signal.Signals(result.stopped_by).name if result.stopped_by else "training.max_hours"
-        if result.checkpoint is None:
-            print(f"Stopped by {cause} before the first step.")
-            return
-        print(f"Stopped by {cause} after step {result.step:,} of {result.steps:,}; wrote {result.checkpoint}.")
-        print(f"Go on with: {resumed}")
+    if told_end(result, resumed, "training.epochs=N, with more of them than before."):
         return
     loss, before = result.validation_loss, job.about["loss_before"]
     assert loss is not None

@@ -243,21 +243,11 @@ def _sampler(job: Pretraining) -> Callable[[Transformer], str] | None:
 def _report(result: TrainResult) -> None:
     """The last lines: what was written, and what to type next."""
     import math
-    import signal
 
+    from training.ending import told_end
     from training.launch import resume_command
 
-    if result.already_complete:
-        print(f"This run is complete: step {result.step:,} of {result.steps:,}. Nothing was done.")
-        print(f"To train on: {resume_command(result.checkpoint)} training.max_steps={2 * result.steps}")
-        return
-    if result.stopped_by is not None:
-        cause = signal.Signals(result.stopped_by).name if result.stopped_by else "training.max_hours"
-        if result.checkpoint is None:
-            print(f"Stopped by {cause} before the first step.")
-            return
-        print(f"Stopped by {cause} after step {result.step:,} of {result.steps:,}; wrote {result.checkpoint}.")
-        print(f"Go on with: {resume_command(result.checkpoint)}")
+    if told_end(result, resume_command(result.checkpoint), f"training.max_steps={2 * result.steps}"):
         return
     loss = result.validation_loss
     if loss is not None:
