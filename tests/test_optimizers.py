@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from tests.small_runs import new_transformer, small_config
-from training.muon import Muon, muon_step
+from training.muon import Muon, Stack, muon_step
 from training.optimizers import make_optimizers
 from training.orthogonalisation import iteration, orthogonalise
 
@@ -131,15 +131,15 @@ class TestMuon:
     @pytest.mark.parametrize("cautious", [False, True])
     def test_takes_or_leaves_a_step_on_the_device_without_looking(self, cautious: bool) -> None:
         """The form that runs on a GPU, where `take` cannot be read."""
-        scalars = {"rate": 0.1, "weight_decay": 0.2, "momentum": 0.9, "second_moment": 0.95}
-        moved = {name: torch.tensor(value) for name, value in scalars.items()}
+        rate, decay, momentum, second_moment = map(torch.tensor, (0.1, 0.2, 0.9, 0.95))
+        scalars = (rate, decay, momentum, second_moment)
         results = []
         for take, gradient in ((None, 1.0), (torch.ones(()), 1.0), (torch.zeros(()), torch.nan)):
             weights, buffers = [torch.eye(4, 6)], [torch.ones(4, 6)]
             moments = [torch.ones(4, 1)]
             how = iteration("polar_express", 3)
             given = [torch.full((4, 6), gradient)]
-            muon_step(weights, given, buffers, moments, take, **moved, cautious=cautious, how=how, dtype=torch.float32)
+            muon_step(Stack(weights, given, buffers, moments, take, *scalars, cautious, how, torch.float32))
             results.append([*weights, *buffers, *moments])
         assert all(torch.equal(taken, plain) for taken, plain in zip(results[1], results[0], strict=True))
         assert not torch.equal(results[1][0], torch.eye(4, 6))
@@ -153,20 +153,10 @@ class TestMuon:
         moments = [torch.zeros(8, 1) for _ in range(3)]
         how = iteration("polar_express", 3)
         for rate in (0.1, 0.05, 0.01):
-            scalars = {"rate": rate, "weight_decay": rate / 2, "momentum": 0.9 + rate, "second_moment": 0.5 + rate}
-            moved = {name: torch.tensor(value) for name, value in scalars.items()}
+            first, decay, momentum, second_moment = map(torch.tensor, (rate, rate / 2, 0.9 + rate, 0.5 + rate))
+            scalars = (first, decay, momentum, second_moment)
             gradients = [torch.randn(8, 8) for _ in range(3)]
-            step(
-                weights,
-                gradients,
-                buffers,
-                moments,
-                torch.ones(()),
-                **moved,
-                cautious=True,
-                how=how,
-                dtype=torch.float32,
-            )
+            step(Stack(weights, gradients, buffers, moments, torch.ones(()), *scalars, True, how, torch.float32))
         assert counter.frame_count == 1
 
     def test_a_second_moment_evens_out_the_neurons_by_the_published_formula(

@@ -31,27 +31,39 @@ from training.orthogonalisation import Iteration, Method, iteration, orthogonali
 Scalar = Tensor | float  # what a schedule may move is a 0-D tensor where the step is compiled
 
 
-def muon_step(
-    parameters: list[Tensor],  # matrices of one shape
-    gradients: list[Tensor],
-    buffers: list[Tensor],
-    moments: list[Tensor],  # (rows, 1) for each matrix, or empty for plain Muon
-    take: Tensor | None,  # 0-D float: 1 takes the step, 0 leaves everything as it is; None is 1
-    rate: Scalar,
-    weight_decay: Scalar,
-    momentum: Scalar,
-    second_moment: Scalar,
-    cautious: bool,
-    how: Iteration,
-    dtype: torch.dtype,
-) -> None:
-    """Move `parameters`, `buffers` and `moments` in place."""
-    rows, columns = parameters[0].shape
-    update = orthogonalise(nesterov(gradients, buffers, take, momentum), how, dtype).to(parameters[0].dtype)
-    if moments:
+class Stack(NamedTuple):
+    """Matrices of one shape, or what is held here of such, and how to move them: all that a step needs to know."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    buffers: list[Tensor]
+    moments: list[Tensor]
+    """(rows, 1) for each whole matrix, the same on every process; empty for plain Muon."""
+    take: Tensor | None
+    """0-D float: 1 takes the step, 0 leaves everything as it is; None is 1."""
+    rate: Scalar
+    weight_decay: Scalar
+    momentum: Scalar
+    second_moment: Scalar
+    cautious: bool
+    how: Iteration
+    dtype: torch.dtype
+
+    @property
+    def taken_rate(self) -> Scalar:
+        """The rate, or 0 where the step is not taken."""
+        return self.rate if self.take is None else self.rate * self.take
+
+
+def muon_step(of: Stack) -> None:
+    """Move parameters, buffers and moments in place."""
+    rows, columns = of.parameters[0].shape
+    update = orthogonalise(nesterov(of.gradients, of.buffers, of.take, of.momentum), of.how, of.dtype)
+    update = update.to(of.parameters[0].dtype)
+    if of.moments:
         squares = update.square().mean(dim=-1, keepdim=True)
-        update = update * neuron_factors(squares, moments, take, second_moment)
-    descend(parameters, update, (rows, columns), rate if take is None else rate * take, weight_decay, cautious)
+        update = update * neuron_factors(squares, of.moments, of.take, of.second_moment)
+    descend(of.parameters, update, (rows, columns), of.taken_rate, of.weight_decay, of.cautious)
 
 
 def nesterov(gradients: list[Tensor], buffers: list[Tensor], take: Tensor | None, momentum: Scalar) -> Tensor:
@@ -112,57 +124,35 @@ class Phases(NamedTuple):
 
 
 class DealtStep:
-    """`muon_step` for matrices that are dealt, or parts of such: to be begun, orthogonalised, and finished.
+    """`muon_step` for matrices that are dealt, or parts of such: to be begun, orthogonalised, and finished."""
 
-    `moments` are those of all rows of the whole matrices, the same on every process.
-    """
-
-    def __init__(
-        self,
-        dealing: Dealing,
-        phases: Phases,
-        parameters: list[Tensor],
-        gradients: list[Tensor],
-        buffers: list[Tensor],
-        moments: list[Tensor],
-        take: Tensor | None,
-        rate: Scalar,
-        weight_decay: Scalar,
-        momentum: Scalar,
-        second_moment: Scalar,
-        cautious: bool,
-        how: Iteration,
-        dtype: torch.dtype,
-    ) -> None:
-        self._dealing, self._phases, self._how, self._dtype = dealing, phases, how, dtype
-        self._parameters, self._moments, self._take = parameters, moments, take
-        self._rate, self._weight_decay, self._second_moment = rate, weight_decay, second_moment
-        self._cautious = cautious
-        self._nesterov = (gradients, buffers, take, momentum)
+    def __init__(self, dealing: Dealing, phases: Phases, of: Stack) -> None:
+        self._dealing, self._phases, self._of = dealing, phases, of
         self._pending: Pending
 
     def begin(self) -> None:
         """Momentum, and off with it to those who own the matrices."""
-        update = self._phases.nesterov(*self._nesterov)
-        self._pending = self._dealing.to_owners(update if self._dealing.repeated else update.to(self._dtype))
+        of = self._of
+        update = self._phases.nesterov(of.gradients, of.buffers, of.take, of.momentum)
+        self._pending = self._dealing.to_owners(update if self._dealing.repeated else update.to(of.dtype))
 
     def orthogonalise(self) -> None:
         """What is owned, and off with it to all."""
-        owned = self._pending()
+        of, owned = self._of, self._pending()
         if len(owned):
-            owned = self._phases.orthogonalise(owned, self._how, self._dtype)
-        self._pending = self._dealing.from_owners(owned.to(self._dtype), len(self._parameters))
+            owned = self._phases.orthogonalise(owned, of.how, of.dtype)
+        self._pending = self._dealing.from_owners(owned.to(of.dtype), len(of.parameters))
 
     def finish(self) -> None:
         """Move what is held here."""
-        update = self._pending().to(self._parameters[0].dtype)
-        if self._moments:
-            squares = self._dealing.mean_squares(update)
-            factors = self._phases.neuron_factors(squares, self._moments, self._take, self._second_moment)
-            update = update * self._dealing.own_rows(factors)
-        rate = self._rate if self._take is None else self._rate * self._take
-        shape, cautious = self._dealing.shape, self._cautious
-        self._phases.descend(self._parameters, update, shape, rate, self._weight_decay, cautious)
+        of, dealing = self._of, self._dealing
+        update = self._pending().to(of.parameters[0].dtype)
+        if of.moments:
+            squares = dealing.mean_squares(update)
+            update = update * dealing.own_rows(
+                self._phases.neuron_factors(squares, of.moments, of.take, of.second_moment)
+            )
+        self._phases.descend(of.parameters, update, dealing.shape, of.taken_rate, of.weight_decay, of.cautious)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,31 +215,35 @@ class Muon(torch.optim.Optimizer):
                     stacks[dealing, parameter.shape, parameter.device, parameter.dtype].append(parameter)
             dealt: list[DealtStep] = []
             for (dealing, _, device, _), parameters in stacks.items():
-                scalars = [group["lr"], group["weight_decay"], group["momentum"], group["second_moment"] or 0.0]
+                rates = [group["lr"], group["weight_decay"], group["momentum"], group["second_moment"] or 0.0]
                 take = None
                 if device.type != "cpu":
-                    scalars = [torch.full((), value, device=device) for value in scalars]
+                    rates = [torch.full((), value, device=device) for value in rates]
                     take = None if self.found_inf is None else 1.0 - self.found_inf
                 elif self.found_inf is not None and self.found_inf > 0:
                     continue
-                arguments = (
+                rate, weight_decay, momentum, second_moment = rates
+                stack = Stack(
                     parameters,
-                    [parameter.grad for parameter in parameters],
+                    [parameter.grad for parameter in parameters if parameter.grad is not None],
                     [self._buffer(parameter) for parameter in parameters],
                     [] if group["second_moment"] is None else [self._moment(parameter) for parameter in parameters],
                     take,
-                    *scalars,
+                    rate,
+                    weight_decay,
+                    momentum,
+                    second_moment,
                     group["cautious"],
                     iteration(group["orthogonalisation"], group["steps"]),
                     torch.bfloat16 if has_fast_bfloat16(device) else torch.float32,
                 )
                 if dealing is None:
-                    self._step(*arguments)
+                    self._step(stack)
                 else:
-                    dealt.append(DealtStep(dealing, self._phases, *arguments))
+                    dealt.append(DealtStep(dealing, self._phases, stack))
             for phase in (DealtStep.begin, DealtStep.orthogonalise, DealtStep.finish):
-                for stack in dealt:
-                    phase(stack)
+                for each in dealt:
+                    phase(each)
         return loss
 
     def _buffer(self, parameter: Tensor) -> Tensor:
