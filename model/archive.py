@@ -9,9 +9,10 @@ Imports nothing heavy: the process that writes checkpoints beside a training run
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache, wraps
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import xxhash
 
@@ -22,6 +23,8 @@ COMMENT = len(LABEL) + 2 * xxhash.xxh3_128().digest_size
 LAST_RECORD, LAST_RECORD_SIGNATURE = 22, b"PK\5\6"  # of a zip archive, with its length in bytes
 NO_COMMENT = b"\0\0"  # where the last record ends: the length of the comment that follows it
 BLOCK = 4 * 2**20
+
+T = TypeVar("T")
 
 
 class SealingFile:
@@ -64,6 +67,21 @@ def write_archive(path: Path, parts: Iterable[bytes | memoryview], seal: bool = 
         if seal:
             sealing.seal()
     return sealing.checksum
+
+
+def once_per_version(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """`read`, which goes through a whole file, such that it does so once for each version of a file in a process."""
+
+    @cache
+    def of_version(path: Path, *_version: int) -> T:
+        return read(path)
+
+    @wraps(read)
+    def remembering(path: Path) -> T:
+        found = path.stat()
+        return of_version(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns)
+
+    return remembering
 
 
 def is_intact(path: Path) -> bool | None:

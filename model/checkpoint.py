@@ -20,7 +20,7 @@ from config.files import atomic_write
 from config.load import config_from_dict
 from config.model import ModelConfig
 from config.schema import Config
-from model.archive import SealingFile, is_intact
+from model.archive import SealingFile, is_intact, once_per_version
 from model.checkpoint_folder import STATE, checkpoint_step, list_checkpoints
 from model.sharding import Stored, fill_all
 from model.transformer import Transformer
@@ -29,9 +29,7 @@ FORMAT = 1
 # What may differ between a checkpoint and the model its weights go into: neither shapes nor results depend on it.
 _FREE_KEYS = {"variant", "dropout", "init_std", "zero_init_projections"}
 
-
-# Name and version of the files whose checksum this process has found right.
-_intact: set[tuple[str, int, int, int]] = set()
+_is_intact = once_per_version(is_intact)
 
 
 class Writable(Protocol):
@@ -153,7 +151,7 @@ def _read(path: Path, map_location: torch.device | str = "cpu", checking: bool =
     if not file.is_file():
         raise UserError(f"There is no checkpoint {path}. Train one with: python scripts/train.py")
     try:
-        if checking and not _is_intact(file):
+        if checking and _is_intact(file) is False:
             raise _Damaged(f"{path} is damaged: its checksum is not that of its content.")
         state = torch.load(file, map_location=map_location, weights_only=True, mmap=True)
         if path.is_dir():
@@ -172,17 +170,6 @@ def _read(path: Path, map_location: torch.device | str = "cpu", checking: bool =
         raise UserError(f"{path} has checkpoint format {state.get('format')}; this version reads format {FORMAT}.")
     state["config"] = with_keys_added_since(state["config"])
     return state
-
-
-def _is_intact(path: Path) -> bool:
-    """Whether nothing speaks against the file. Each version of a file is read through once in the life of a process."""
-    found = path.stat()
-    key = (str(path.resolve()), found.st_ino, found.st_size, found.st_mtime_ns)
-    if key not in _intact:
-        if is_intact(path) is False:
-            return False
-        _intact.add(key)
-    return True
 
 
 def _way_out(path: Path) -> str:

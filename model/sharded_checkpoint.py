@@ -22,7 +22,6 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
+from model.archive import once_per_version
 from model.checkpoint_folder import CHECKSUMS
 from model.sharding import Stored
 
@@ -118,14 +118,9 @@ def open_folder(state: dict[str, Any], folder: Path, checking: bool) -> dict[str
     return opened
 
 
+@once_per_version
 def _checksum(file: Path) -> str:
-    """XXH3-128 of the content; each version of a file is read through once in the life of a process."""
-    found = file.stat()
-    return _checksum_of(file, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-@cache
-def _checksum_of(file: Path, *_version: int) -> str:
+    """XXH3-128 of the content."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, xxhash.xxh3_128).hexdigest()
 
