@@ -2,58 +2,40 @@
 
 from __future__ import annotations
 
-import io
 from typing import IO
 
 from data.formats.streams import BrokenStream, chunks
+from data.transport.window import WindowedFile
 
 KEPT = 4 << 20
 """Bytes behind the furthest one read that can be read again without unpacking the file once more."""
 
 
-class Unpacked(io.RawIOBase):
-    """The content of `file`, which the suffix of `path` says how to unpack; `broken` says why it ended early, if so."""
+class Unpacked(WindowedFile):
+    """The content of `file`, which the suffix of `path` says how to unpack; `broken` says why it ended early, if so.
+
+    To find its end, all of it is unpacked.
+    """
 
     def __init__(self, file: IO[bytes], path: str) -> None:
+        super().__init__()
         self.broken: str | None = None
         self._file = file
         self._path = path
-        self._position = 0
         self._begin()
 
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always."""
-        return True
-
-    def tell(self) -> int:
-        """The position of the next read, in bytes of the content."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to `offset` from the beginning, the position or the end, for which all is unpacked."""
-        if whence == io.SEEK_END:
-            while self._unpack():
-                pass
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._start + len(self._window)}[whence]
-        self._position = max(base + offset, 0)
-        return self._position
-
-    def readinto(self, target: bytearray | memoryview) -> int:  # type: ignore[override]
-        """Fill `target` as far as one piece goes."""
+    def _reach(self, wanted: int) -> bool:
         if self._position < self._start:
             self._begin()
         while self._position >= self._start + len(self._window):
             if not self._unpack():
-                return 0
-        begin = self._position - self._start
-        length = min(len(target), len(self._window) - begin)
-        target[:length] = memoryview(self._window)[begin : begin + length]
-        self._position += length
-        return length
+                return False
+        return True
+
+    def _end(self) -> int:
+        while self._unpack():
+            pass
+        return self._start + len(self._window)
 
     def _begin(self) -> None:
         self._file.seek(0)

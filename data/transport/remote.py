@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -21,6 +20,7 @@ from data.transport.retry import (
     total_size,
 )
 from data.transport.slots import CONNECTIONS, connection
+from data.transport.window import WindowedFile
 
 FIRST_READ = 256 << 10
 LONGEST_READ = 8 << 20
@@ -29,7 +29,7 @@ Range = tuple[int, int]
 LIST_ANEW = "Type: python data/download_datasets.py NAME data.streaming=true --force, with the name of its source."
 
 
-class RemoteStream(io.RawIOBase):
+class RemoteStream(WindowedFile):
     """A readable and seekable binary file over HTTP ranges, one of them in memory and the next one on its way.
 
     A range is at least 256 KiB, and twice as long each time that reading goes straight on, up to 8 MiB; then the one
@@ -48,6 +48,7 @@ class RemoteStream(io.RawIOBase):
         connections: int = CONNECTIONS,
         first_wait: float = 1.0,
     ) -> None:
+        super().__init__()
         self._client = client
         self._url = url
         self._size = size
@@ -56,30 +57,9 @@ class RemoteStream(io.RawIOBase):
         self._closing = threading.Event()
         self._own = False
         self._first_wait = first_wait
-        self._position = 0
-        self._start = 0
         self._length = FIRST_READ
-        self._buffer = bytearray()
         self._thread: ThreadPoolExecutor | None = None
         self._next: tuple[Range, Future[bytearray]] | None = None
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always."""
-        return True
-
-    def tell(self) -> int:
-        """The position of the next read, in bytes."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to `offset` from the beginning, the position or the end."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position}
-        self._position = max((base[whence] if whence in base else self.size) + offset, 0)
-        return self._position
 
     @property
     def size(self) -> int:
@@ -89,41 +69,38 @@ class RemoteStream(io.RawIOBase):
         assert self._size is not None
         return self._size
 
-    def readinto(self, target: bytearray | memoryview) -> int:  # type: ignore[override]
-        """Fill `target` as far as the range in memory goes, or else the file."""
-        if not target or self._size is not None and self._position >= self._size:
-            return 0
-        if not self._start <= self._position < self._start + len(self._buffer):
-            self._load(self._position, len(target))
-        offset = self._position - self._start
-        length = min(len(target), len(self._buffer) - offset)
-        target[:length] = memoryview(self._buffer)[offset : offset + length]
-        self._position += length
-        return length
+    def _end(self) -> int:
+        return self.size
+
+    def _reach(self, wanted: int) -> bool:
+        if self._size is not None and self._position >= self._size:
+            return False
+        self._load(self._position, wanted)
+        return bool(self._window)
 
     def close(self) -> None:
         """Forget what is in memory, and what is on its way when it comes."""
         self._closing.set()
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
-        self._thread, self._next, self._buffer = None, None, bytearray()
+        self._thread, self._next, self._window = None, None, bytearray()
         super().close()
 
     def _load(self, start: int, wanted: int = 0) -> None:
         """Bring the range that begins at `start` into memory, and send for the next one if reading goes straight on."""
-        straight = bool(self._buffer) and start == self._start + len(self._buffer)
+        straight = bool(self._window) and start == self._start + len(self._window)
         self._length = min(2 * self._length, LONGEST_READ) if straight else FIRST_READ
         coming, self._next = self._next, None
         if coming is not None:
             (begin, end), future = coming
             if begin == start:
-                self._start, self._buffer = start, future.result()
+                self._start, self._window = start, future.result()
                 self._send_for(end)
                 return
             future.cancel() or future.exception()  # one request at a time
-        self._start, self._buffer = start, self._get(self._range(start, wanted))
+        self._start, self._window = start, self._get(self._range(start, wanted))
         if straight:
-            self._send_for(start + len(self._buffer))
+            self._send_for(start + len(self._window))
 
     def _range(self, start: int, wanted: int = 0) -> Range:
         end = start + max(wanted, self._length)
