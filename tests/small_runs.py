@@ -28,15 +28,14 @@ from config.schema import Config
 from data.data_loader import SampleSource
 from data.tokenization import Tokenizer
 from model.transformer import Transformer
+from tests.token_files import write_token_files
+from tests.workspace import SMALL as MODEL
 from tests.workspace import small_tokenizer
 from training.trainer import TrainResult, train
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "model.n_layers=2",
-    "model.n_heads=2",
-    "model.d_model=32",
-    "model.context_length=32",
+    *MODEL,
     "training.max_steps=8",
     "training.batch_size=8",
     "training.micro_batch_size=8",
@@ -62,38 +61,16 @@ def write_corpus(folder: Path, repeat: int = 1, ends: Sequence[int] = ()) -> Tok
     tokenizer.save(folder / "corpus/tokenizer")
     text = inspect.getsource(argparse)
     ids = np.array([*tokenizer.encode(text), tokenizer.end_of_text_id] * repeat, dtype="<u2")
-    tokens = folder / "corpus/tokens"
-    tokens.mkdir(parents=True)
-    parts = (("train", ids, ends), ("val", ids[-4000:], [end for end in ends if end < 4000]))
-    splits = {name: [_write_split(tokens, name, part, [*cuts, len(part)])] for name, part, cuts in parts}
-    manifest = {
-        "fingerprint": hashlib.sha256(ids.tobytes()).hexdigest(),
-        "dtype": "uint16",
-        "splits": splits,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "end_of_text_id": tokenizer.end_of_text_id,
-        "seed": 1,
-        "validation": "documents",
-        "config": {},
-        "funnel": {},
-    }
-    (tokens / "manifest.json").write_text(json.dumps(manifest))
+    held, held_ends = ids[-4000:], [*(end for end in ends if end < 4000), 4000]
+    write_token_files(
+        folder / "corpus/tokens",
+        {"train": [(ids, [*ends, len(ids)], 4 * len(ids))], "val": [(held, held_ends, 4 * len(held))]},
+        fingerprint=hashlib.sha256(ids.tobytes()).hexdigest(),
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text_id=tokenizer.end_of_text_id,
+    )
     return tokenizer
-
-
-def _write_split(folder: Path, name: str, ids: NDArray[Any], ends: Sequence[int]) -> dict[str, Any]:
-    index = np.array(ends, dtype="<u8").tobytes()
-    (folder / f"{name}.bin").write_bytes(ids.tobytes())
-    (folder / f"{name}.index").write_bytes(index)
-    return {
-        "name": f"{name}.bin",
-        "tokens": len(ids),
-        "documents": len(ends),
-        "bytes": 4 * len(ids),
-        "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
-        "index_sha256": hashlib.sha256(index).hexdigest(),
-    }
 
 
 def start(folder: Path, script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:

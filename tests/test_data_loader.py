@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import itertools
-import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,47 +19,20 @@ from config.errors import UserError
 from data.data_loader import Batch, DataLoader, TokenWindows
 from data.permutation import permute
 from data.tokens import TokenFiles, check_tokens, load_tokens_manifest, token_dtype
+from tests.token_files import write_token_files
 
 CONTEXT = 8
 
 
 def write_tokens(folder: Path, lengths: list[list[int]], vocab_size: int = 500) -> NDArray[Any]:
     """Token files of documents with these lengths, one list per file, as `train`; returns all their tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(token_dtype(vocab_size))
-    rng = np.random.default_rng(0)
-    files, everything = [], []
-    for number, documents in enumerate(lengths):
-        tokens = rng.integers(0, vocab_size, sum(documents)).astype(dtype)
-        name = "train.bin" if len(lengths) == 1 else f"train_{number:04d}.bin"
-        index = np.cumsum(documents).astype("<u8").tobytes()
-        (folder / name).write_bytes(tokens.tobytes())
-        (folder / name).with_suffix(".index").write_bytes(index)
-        everything.append(tokens)
-        files.append(
-            {
-                "name": name,
-                "tokens": len(tokens),
-                "documents": len(documents),
-                "bytes": 4 * len(tokens),
-                "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-                "index_sha256": hashlib.sha256(index).hexdigest(),
-            }
-        )
-    manifest = {
-        "fingerprint": "f" * 64,
-        "dtype": dtype.name,
-        "splits": {"train": files, "val": []},
-        "tokenizer_fingerprint": "a" * 64,
-        "vocab_size": vocab_size,
-        "end_of_text_id": 0,
-        "seed": 1,
-        "validation": "documents",
-        "config": {},
-        "funnel": {},
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return np.concatenate(everything)
+    rng, dtype = np.random.default_rng(0), token_dtype(vocab_size)
+    files = [
+        (rng.integers(0, vocab_size, sum(part)).astype(dtype), np.cumsum(part).tolist(), 4 * sum(part))
+        for part in lengths
+    ]
+    write_token_files(folder, {"train": files}, vocab_size=vocab_size)
+    return np.concatenate([tokens for tokens, *_ in files])
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from data.tokenization import Tokenizer, train_tokenizer
 from model.checkpoint import save_checkpoint
 from model.checkpoint_folder import checkpoint_path
 from model.transformer import Transformer
+from tests.token_files import write_token_files
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 5,
@@ -50,7 +49,7 @@ def make_workspace(folder: Path, *overrides: str, **entries: Any) -> Workspace:
     """Fill `folder`; `entries` go into the checkpoint."""
     tokenizer = small_tokenizer()
     tokenizer.save(folder / "corpus/tokenizer")
-    write_tokens(folder / "corpus/tokens", tokenizer)
+    write_texts(folder / "corpus/tokens", tokenizer)
     config = with_vocab_size(load_config([], [*SMALL, *LIVELY, *overrides]), tokenizer.vocab_size)
     torch.manual_seed(0)
     model = Transformer(config.model).eval()
@@ -67,35 +66,18 @@ def make_workspace(folder: Path, *overrides: str, **entries: Any) -> Workspace:
     return Workspace(folder, config, tokenizer, model, path)
 
 
-def write_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+def write_texts(folder: Path, tokenizer: Tokenizer) -> None:
     """The texts as the split `val`, each followed by end-of-text."""
-    folder.mkdir(parents=True)
     documents = [[*tokenizer.encode(text), tokenizer.end_of_text_id] for text in TEXTS]
-    tokens = np.concatenate(documents).astype("<u2").tobytes()
-    index = np.cumsum([len(document) for document in documents]).astype("<u8").tobytes()
-    (folder / "val.bin").write_bytes(tokens)
-    (folder / "val.index").write_bytes(index)
-    file = {
-        "name": "val.bin",
-        "tokens": len(tokens) // 2,
-        "documents": len(documents),
-        "bytes": sum(len(text.encode()) for text in TEXTS),
-        "sha256": hashlib.sha256(tokens).hexdigest(),
-        "index_sha256": hashlib.sha256(index).hexdigest(),
-    }
-    manifest = {
-        "fingerprint": "f" * 64,
-        "dtype": "uint16",
-        "splits": {"train": [], "val": [file]},
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "end_of_text_id": tokenizer.end_of_text_id,
-        "seed": 1,
-        "validation": "documents",
-        "config": {},
-        "funnel": {},
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    tokens = np.concatenate(documents).astype("<u2")
+    ends = np.cumsum([len(document) for document in documents]).tolist()
+    write_token_files(
+        folder,
+        {"val": [(tokens, ends, sum(len(text.encode()) for text in TEXTS))]},
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text_id=tokenizer.end_of_text_id,
+    )
 
 
 def command(script: str, *arguments: str) -> list[str]:
