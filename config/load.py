@@ -118,7 +118,7 @@ def _resolve(layers: list[Layer]) -> Config:
 
 def _merge(layers: list[Layer]) -> tuple[Any, list[Layer]]:
     """The values of the defaults, the chosen variant and `layers`, and all layers that were merged, lowest first."""
-    defaults = {name: _read_yaml(CONFIG_DIR / f"{name}_config.yaml") for name in SECTIONS}
+    defaults = {name: read_yaml(CONFIG_DIR / f"{name}_config.yaml") for name in SECTIONS}
     variants: dict[str, Any] = defaults["model"].pop("variants")
     origins: list[Layer] = [(f"{CONFIG_DIR.name}/{name}_config.yaml", {name: defaults[name]}) for name in SECTIONS]
     for origin, layer in layers:
@@ -130,7 +130,7 @@ def _merge(layers: list[Layer]) -> tuple[Any, list[Layer]]:
         variant = str(OmegaConf.select(given, "model.variant") or defaults["model"]["variant"])
         if variant not in variants:
             where = _origin(["model", "variant"], [*origins, *layers])
-            raise UserError(f"{where}: model.variant: there is no variant {variant!r}.{_nearest(variant, variants)}")
+            raise UserError(f"{where}: model.variant: there is no variant {variant!r}.{nearest(variant, variants)}")
         chosen = ("model.variants", {"model": _variant(variant, variants)})
         merged = OmegaConf.merge(defaults, chosen[1], given, {"model": {"variant": variant}})
         return OmegaConf.to_container(merged, resolve=True), [*origins, chosen, *layers]
@@ -141,7 +141,7 @@ def _merge(layers: list[Layer]) -> tuple[Any, list[Layer]]:
 def _variant(name: str, variants: dict[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """One entry of `variants:` with everything it extends beneath it."""
     if name not in variants:
-        raise UserError(f"model.variants.{seen[-1]}: extends {name!r}, which is none.{_nearest(name, variants)}")
+        raise UserError(f"model.variants.{seen[-1]}: extends {name!r}, which is none.{nearest(name, variants)}")
     if name in seen:
         raise UserError(f"model.variants: {' -> '.join((*seen, name))} extend each other in a circle.")
     own = dict(variants[name] or {})
@@ -155,14 +155,15 @@ def _recipe_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, d
         path = CONFIG_DIR / "recipes" / f"{path.name}.yaml"
     if path.resolve() in seen:
         raise UserError(f"{path} extends itself: {' -> '.join(str(step) for step in (*seen, path))}.")
-    layer = _read_yaml(path)
+    layer = read_yaml(path)
     parents = layer.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     chain = [step for parent in parents for step in _recipe_chain(path.parent / parent, (*seen, path.resolve()))]
     return [*chain, (path, layer)]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file `path`; `UserError` where there is no such file, or it holds none."""
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -236,14 +237,15 @@ def _parse_override(text: str) -> dict[str, Any]:
 def _check_sections(origin: str, layer: dict[str, Any]) -> None:
     for key, value in list(layer.items()):
         if key not in SECTIONS:
-            raise UserError(f"{origin}: there is no section {key!r}.{_nearest(str(key), SECTIONS)}")
+            raise UserError(f"{origin}: there is no section {key!r}.{nearest(str(key), SECTIONS)}")
         if value is None:
             del layer[key]
         elif not isinstance(value, dict):
             raise UserError(f"{origin}: the section {key!r} must hold `key: value` lines, not {value!r}.")
 
 
-def _nearest(word: str, known: Any) -> str:
+def nearest(word: str, known: Any) -> str:
+    """A sentence to end an error with: which of the `known` names may have been meant by `word`."""
     names = [str(name) for name in known]
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else f" Choose from: {', '.join(names)}."
@@ -266,7 +268,7 @@ def _explain_one(item: Any, origins: list[tuple[str, dict[str, Any]]]) -> str:
         path.append("kind")
     where = f"{_origin(path, origins)}: {'.'.join(path)}"
     if item["type"] == "extra_forbidden":
-        return f"{where}: there is no such key.{_nearest(path[-1], _fields_at(path[:-1]))}"
+        return f"{where}: there is no such key.{nearest(path[-1], _fields_at(path[:-1]))}"
     if item["type"] == "missing":
         return f"{where}: this key is missing."
     if item["type"] == "union_tag_not_found":

@@ -63,15 +63,15 @@ def read_question(words: Sequence[str], recipes: Sequence[Path] = ()) -> Questio
         raise UserError(f"gpu={given['gpu']} is not known here; choose from {', '.join(GPUS)}.{meant}")
     return Question(
         config=load_config(recipes, overrides),
-        gpus=int(_number("gpus", given["gpus"])),
+        gpus=int(amount("gpus", given["gpus"])),
         gpu=given["gpu"].lower(),
-        tokens=int(_number("tokens", given["tokens"])) if "tokens" in given else None,
-        mfu=_number("mfu", given["mfu"], most=1.0),
+        tokens=int(amount("tokens", given["tokens"])) if "tokens" in given else None,
+        mfu=amount("mfu", given["mfu"], most=1.0),
     )
 
 
-def _number(name: str, text: str, most: float = float("inf")) -> float:
-    """A positive number, which may end in k, M, B or T."""
+def amount(name: str, text: str, most: float = float("inf")) -> float:
+    """The positive number `text` that is given for `name`; it may end in k, M, B or T. `UserError` if it is none."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kmbgt]?)", text.lower())
     value = float(found[1]) * UNITS[found[2]] if found else 0.0
     if not 0 < value <= most or (name == "gpus" and value % 1):

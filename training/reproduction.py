@@ -19,6 +19,7 @@ from config.load import load_config
 from config.schema import Config
 from model.devices import choose_device
 from training.environment import describe
+from training.experiment import leaves
 from training.precision import Precision
 from training.tracking import ENVIRONMENT, METRICS, RESULT
 
@@ -93,9 +94,11 @@ class Original:
     def changes(self, config: Config, environment: dict[str, Any]) -> list[str]:
         """What is no longer as it was, one sentence each: settings, the code, versions and the machine."""
         before = load_config(saved=(str(self.directory / "config.yaml"), self.settings))
+        old, new = (dict(leaves(each.model_dump())) for each in (before, config))
+        both = [(key, old.get(key), new.get(key)) for key in {**old, **new}]
         found = [
             f"{key} was {was}, is {now}"
-            for key, was, now in _leaves(before.model_dump(), config.model_dump())
+            for key, was, now in both
             if was != now and not (key.startswith("training.") and key.split(".")[1] in ELSEWHERE)
         ]
         then = self.last_start
@@ -180,12 +183,3 @@ def _changed(then: dict[str, Any], now: dict[str, Any], names: dict[str, str]) -
     return [
         f"{name} was {then.get(key)}, is {now.get(key)}" for key, name in names.items() if then.get(key) != now.get(key)
     ]
-
-
-def _leaves(before: Any, now: Any, where: str = "") -> Iterable[tuple[str, Any, Any]]:
-    """The keys of two configurations with the value of each, None where one has no such key."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        yield where, before, now
-        return
-    for key in {**before, **now}:
-        yield from _leaves(before.get(key), now.get(key), f"{where}.{key}" if where else str(key))
