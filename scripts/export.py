@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from config.command import Overrides, PrintConfig, Recipe, resolve, run
+from config.errors import UserError
 
-Target = Annotated[Path, typer.Argument(metavar="PATH", help="The folder to write.", show_default=False)]
-To = Annotated[Literal["huggingface"], typer.Option("--to", help="What reads it: transformers, vLLM and their kin.")]
+if TYPE_CHECKING:
+    from config.schema import Config
+    from inference.exporting.subject import Subject
+
+Target = Annotated[
+    Path, typer.Argument(metavar="PATH", help="The folder, or the GGUF file, to write.", show_default=False)
+]
+To = Annotated[
+    Literal["huggingface", "gguf"],
+    typer.Option("--to", help="A folder for transformers, vLLM and their kin, or a file for llama.cpp."),
+]
 Checkpoint = Annotated[
     str, typer.Option("--checkpoint", metavar="PATH|latest", help="A checkpoint, a folder of them, or the latest.")
 ]
-DataType = Annotated[Literal["f32", "f16", "bf16"], typer.Option("--dtype", help="Of the weights that are written.")]
+DataType = Annotated[
+    Literal["f32", "f16", "bf16", "q8_0"],
+    typer.Option("--dtype", help="Of the weights that are written; q8_0, 8.5 bits each, only in gguf."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier export wrote there.")]
 
 PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
@@ -30,12 +43,22 @@ def export(
     recipe: Recipe = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Write a checkpoint as other programs read it: a folder with weights, tokenizer, settings and a page about it.
+    """Write a checkpoint as other programs read it: weights, tokenizer, settings.
 
-    The model gives the same logits there, the tokenizer the same ids. An option of
-    the model that has no counterpart there is refused by name.
+    Hugging Face's is a folder with a page about the model in it, llama.cpp's a file.
+    An option of the model that has no counterpart there is refused by name.
     """
     config = resolve(recipe, overrides, print_config)
+    if dtype == "q8_0" and to != "gguf":
+        raise UserError("--dtype q8_0 is of llama.cpp. Add --to gguf, or choose f32, f16 or bf16.")
+    written = _write_gguf if to == "gguf" else _write_folder
+    subject, following = written(path, config, checkpoint, dtype, force)
+    print(f"Written to {path}: {subject.name}, {subject.architecture}, {subject.parameters:,} parameters in {dtype}.")
+    print(f"Next: {following}")
+
+
+def _write_folder(path: Path, config: Config, checkpoint: str, dtype: str, force: bool) -> tuple[Subject, str]:
+    """Write the folder; what was written, and what to type next."""
     from inference.exporting.card import serve_command
     from inference.exporting.folder import check_folder, write_folder
     from inference.exporting.subject import open_subject
@@ -43,8 +66,18 @@ def export(
     check_folder(path, force)
     subject = open_subject(checkpoint, config, PRECISIONS[dtype])
     write_folder(subject, path)
-    print(f"Written to {path}: {subject.name}, {subject.architecture}, {subject.parameters:,} parameters in {dtype}.")
-    print(f'Next: AutoModelForCausalLM.from_pretrained("{path}"), or {serve_command(subject, str(path))}')
+    return subject, f'AutoModelForCausalLM.from_pretrained("{path}"), or {serve_command(subject, str(path))}'
+
+
+def _write_gguf(path: Path, config: Config, checkpoint: str, dtype: str, force: bool) -> tuple[Subject, str]:
+    """Write the file; what was written, and what to type next."""
+    from inference.exporting.gguf_file import check_file, write_gguf
+    from inference.exporting.subject import open_subject
+
+    check_file(path, force)
+    subject = open_subject(checkpoint, config)
+    write_gguf(subject, path, dtype)
+    return subject, f"llama-server -m {path}"
 
 
 def main() -> None:

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import pytest
 import torch
 
 from config.errors import UserError
+from data.tokenization.byte_level import BYTE_OF
 from data.tokenization.chat import encode_messages
 from data.tokenization.probes import EDGES, LANGUAGES
 from inference.exporting.folder import check_tokenizer
-from model.checkpoint import load_model
+from model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from scripts.export import export
 from tests.workspace import Workspace, make_workspace, small_tokenizer
 
@@ -30,8 +32,18 @@ class Exported(NamedTuple):
     folder: Path
 
 
-def workspace_of(folder: Path, kind: str = "apertus", **entries: Any) -> Workspace:
-    return make_workspace(folder, *[f"model.{setting}" for setting in KINDS[kind]], **entries)
+def workspace_of(folder: Path, kind: str = "apertus", *settings: str, **entries: Any) -> Workspace:
+    return make_workspace(folder, *[f"model.{setting}" for setting in [*KINDS[kind], *settings]], **entries)
+
+
+def randomise(workspace: Workspace) -> None:
+    """Give every weight of the model and of its checkpoint a value that no other has, biases and scales too."""
+    generator = torch.Generator().manual_seed(1)
+    state = load_checkpoint(workspace.checkpoint)
+    with torch.no_grad():
+        for parameter in workspace.model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    save_checkpoint(workspace.checkpoint, {**state, "model": workspace.model.state_dict()})
 
 
 def tokens(workspace: Workspace) -> torch.Tensor:
@@ -121,6 +133,105 @@ class TestHuggingFace:
         assert torch.equal(theirs.state_dict()["model.layers.1.self_attn.q_proj.weight"], expected)
 
 
+def metadata(reader: gguf.GGUFReader) -> dict[str, Any]:
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+class TestGGUF:
+    """Through `transformers`' own reader where it knows the architecture, which turns names and order back."""
+
+    @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+    def test_logits_are_the_same(self, here: Path, kind: str) -> None:
+        # Whatever the file says, transformers takes a GPT-2 to have 1,024 positions and a Qwen3 to have heads of 128.
+        workspace = workspace_of(here, kind, *{"gpt2": ["context_length=1024"], "qwen3": ["d_model=256"]}.get(kind, []))
+        randomise(workspace)
+        export(Path("model.gguf"), to="gguf")
+        theirs = load(here, gguf_file="model.gguf", dtype=torch.float32)
+        with torch.no_grad():
+            ours, logits = workspace.model(tokens(workspace)), theirs(tokens(workspace)).logits
+        assert ours.std() > 0.3
+        assert (logits - ours).abs().max() < 1e-4
+
+    def test_weights_of_what_transformers_does_not_read(self, here: Path) -> None:
+        workspace = workspace_of(here, "arcee")
+        export(Path("model.gguf"), to="gguf")
+        written = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(here / "model.gguf").tensors}
+        weights = workspace.model.state_dict()
+        assert torch.equal(written["blk.1.ffn_up.weight"], weights["blocks.1.feed_forward.up.weight"])
+        query = weights["blocks.1.attention.query.weight"]
+        pairs = [row for head in query.split(16) for half in zip(head[:8], head[8:]) for row in half]
+        assert torch.equal(written["blk.1.attn_q.weight"], torch.stack(pairs))
+        assert len(written) == 2 * 8 + 3
+
+    @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
+    def test_dtype(self, here: Path, dtype: Any) -> None:
+        workspace = workspace_of(here, "llama")
+        export(Path("model.gguf"), to="gguf", dtype=dtype)
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(here / "model.gguf").tensors}
+        matrix = tensors["blk.0.ffn_down.weight"]
+        assert matrix.tensor_type == gguf.GGMLQuantizationType[dtype.upper()]
+        assert {tensors[name].tensor_type.name for name in tensors if "norm" in name} == {"F32"}
+        expected = workspace.model.state_dict()["blocks.0.feed_forward.down.weight"]
+        found = torch.tensor(gguf.quants.dequantize(matrix.data, matrix.tensor_type))
+        assert 0 < (found - expected).abs().max() < 0.01 * expected.abs().max()
+
+    @pytest.mark.parametrize(("pattern", "pre"), [("gpt2", "gpt-2"), ("llama3", "llama-bpe")])
+    @pytest.mark.parametrize("entries", [{}, CHAT], ids=["completion", "chat"])
+    def test_tokenizer(self, here: Path, pattern: str, pre: str, entries: dict[str, Any]) -> None:
+        tokenizer = small_tokenizer(f"data.tokenizer.pattern={pattern}")
+        workspace_of(here, "llama", "vocab_size=310", **entries, tokenizer_fingerprint=tokenizer.fingerprint)
+        tokenizer.save(here / "corpus/tokenizer")
+        export(Path("model.gguf"), to="gguf")
+        found = metadata(gguf.GGUFReader(here / "model.gguf"))
+        own = {name.removeprefix("tokenizer.ggml."): value for name, value in found.items()}
+        names, types = own["tokens"], own["token_type"]
+        assert (own["model"], own["pre"], own["add_bos_token"]) == ("gpt2", pre, False)
+        assert (own["bos_token_id"], own["eos_token_id"]) == (tokenizer.end_of_text_id,) * 2
+        assert own["padding_token_id"] == tokenizer.pad_id
+        assert [names[index] for index in tokenizer.special_tokens.values()] == list(tokenizer.special_tokens)
+        assert [index for index, kind in enumerate(types) if kind == gguf.TokenType.CONTROL] == sorted(
+            tokenizer.special_tokens.values()
+        )
+        assert names[300:] == [f"[PAD{index}]" for index in range(300, 310)]
+        assert set(types[300:]) == {gguf.TokenType.UNUSED}
+        written = {byte: character for character, byte in BYTE_OF.items()}
+        expected = "".join(written[byte] for byte in tokenizer.decode_bytes([299]))
+        assert own["merges"][-1].replace(" ", "") == names[299] == expected
+        assert own.get("eot_token_id") == (tokenizer.special_tokens["<|end|>"] if entries else None)
+        assert found.get("tokenizer.chat_template") == (tokenizer.chat_template if entries else None)
+
+    @pytest.mark.parametrize(
+        ("kind", "settings", "message"),
+        [
+            ("apertus", [], "no model with model.qk_norm=true and model.activation=squared_relu"),
+            ("arcee", ["bias=true"], "has no model.bias=true"),
+        ],
+    )
+    def test_what_llama_cpp_lacks_is_named(self, here: Path, kind: str, settings: list[str], message: str) -> None:
+        workspace_of(here, kind, *settings)
+        before = sorted(here.iterdir())
+        with pytest.raises(UserError, match=message):
+            export(Path("model.gguf"), to="gguf")
+        assert sorted(here.iterdir()) == before
+
+    def test_only_a_gguf_file_is_replaced_and_only_by_force(self, here: Path) -> None:
+        workspace_of(here, "llama")
+        export(Path("model.gguf"), to="gguf")
+        with pytest.raises(UserError, match="model.gguf exists. Add --force"):
+            export(Path("model.gguf"), to="gguf")
+        large = (here / "model.gguf").stat().st_size
+        export(Path("model.gguf"), to="gguf", dtype="f16", force=True)
+        assert (here / "model.gguf").stat().st_size < large
+        for name, make in (("thesis.txt", Path.touch), ("folder", Path.mkdir)):
+            make(here / name)
+            with pytest.raises(UserError, match="exists and is no GGUF file"):
+                export(Path(name), to="gguf", force=True)
+
+    def test_a_dtype_of_llama_cpp_is_refused_elsewhere(self, here: Path) -> None:
+        with pytest.raises(UserError, match="q8_0 is of llama.cpp"):
+            export(Path("out"), dtype="q8_0")
+
+
 class TestBadInput:
     def test_a_folder_that_exists_is_replaced_only_by_force(
         self, here: Path, capsys: pytest.CaptureFixture[str]
@@ -142,10 +253,12 @@ class TestBadInput:
     def test_a_disk_without_room_is_said_before_anything_is_written(
         self, here: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        workspace_of(here)
+        workspace_of(here, "llama")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
         with pytest.raises(UserError, match="takes 20.* MB, and its disk has 0.0 MB left"):
             export(Path("deep/out"))
+        with pytest.raises(UserError, match="takes 0.1 MB, and its disk has 0.0 MB left"):
+            export(Path("deep/model.gguf"), to="gguf", dtype="q8_0")
         assert not (here / "deep").exists()
 
     def test_what_has_no_counterpart_is_named_and_nothing_left_behind(self, here: Path) -> None:

@@ -1,0 +1,176 @@
+"""A checkpoint as a GGUF file, which llama.cpp and the programs around it read.
+
+Names and layout are those of llama.cpp's own converter: GPT-2's matrices turned round, the rows of Llama's queries and
+keys reordered for rotary positions that take neighbours as pairs, vectors always in float32.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from config.errors import UserError
+from config.files import atomic_write
+from data.tokenization.byte_level import LLAMA3_PATTERN
+from inference.exporting.subject import Subject, check_free, check_room, save_tokenizer
+
+_TYPES = {
+    "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+
+
+class _Kind(NamedTuple):
+    architecture: gguf.MODEL_ARCH
+    reordered: bool
+    """Whether the rows of queries and keys are reordered."""
+
+
+_KINDS = {
+    "GPT2LMHeadModel": _Kind(gguf.MODEL_ARCH.GPT2, False),
+    "LlamaForCausalLM": _Kind(gguf.MODEL_ARCH.LLAMA, True),
+    "Qwen3ForCausalLM": _Kind(gguf.MODEL_ARCH.QWEN3, False),
+    "ArceeForCausalLM": _Kind(gguf.MODEL_ARCH.ARCEE, True),
+}
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_FLOAT32 = ("position_embd.weight",)  # llama.cpp adds its rows to others of that type
+
+
+def check_file(target: Path, force: bool) -> None:
+    """Raise `UserError` where `target` must not become the file: it exists, and without `force` or as no GGUF file."""
+    ours = not target.exists() or (target.is_file() and _beginning(target) == b"GGUF")
+    if not ours:
+        raise UserError(f"{target} exists and is no GGUF file. Choose another place.")
+    check_free(target, force)
+
+
+def _beginning(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(4)
+
+
+def write_gguf(subject: Subject, path: Path, dtype: str) -> None:
+    """Write `subject` to the file `path`, its matrices in `dtype`: f32, f16, bf16 or q8_0 (8.5 bits a weight).
+
+    Raises `UserError` where llama.cpp has no such architecture or tokenizer, or the disk no room.
+    """
+    kind = _kind_of(subject)
+    block, size = gguf.GGML_QUANT_SIZES[_TYPES[dtype][0]]
+    check_room(path.absolute().parent, subject.parameters * size // block)
+    with tempfile.TemporaryDirectory() as aside:
+        description = save_tokenizer(subject.tokenizer, Path(aside))
+    with atomic_write(path) as file:
+        writer = gguf.GGUFWriter(file.name, gguf.MODEL_ARCH_NAMES[kind.architecture])
+        _add_settings(writer, subject)
+        writer.add_file_type(_TYPES[dtype][1])
+        _add_tokenizer(writer, subject, description)
+        for name, values in _tensors(subject, kind):
+            _add_tensor(writer, name, values, _TYPES[dtype][0])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _kind_of(subject: Subject) -> _Kind:
+    kind = _KINDS.get(subject.architecture)
+    if kind is None:
+        raise UserError(
+            "llama.cpp has no model with model.qk_norm=true and model.activation=squared_relu together. Only one "
+            "trained with model.qk_norm=false or model.activation=swiglu can be exported to gguf."
+        )
+    if subject.config.bias and subject.architecture == "ArceeForCausalLM":
+        raise UserError(
+            "llama.cpp's Arcee, the counterpart of model.activation=squared_relu, has no model.bias=true. Only a model "
+            "trained with model.bias=false can be exported to gguf."
+        )
+    return kind
+
+
+def _add_settings(writer: gguf.GGUFWriter, subject: Subject) -> None:
+    config = subject.config
+    writer.add_name(subject.name)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.feed_forward_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_vocab_size(subject.theirs.config.vocab_size)
+    if config.position == "learned":
+        writer.add_layer_norm_eps(config.norm_eps)
+        return
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, subject: Subject, description: dict[str, Any]) -> None:
+    tokenizer, special = subject.tokenizer, subject.tokenizer.special_tokens
+    size = subject.theirs.config.vocab_size
+    names = {index: name for name, index in description["model"]["vocab"].items()}
+    names |= {index: name for name, index in special.items()}
+    types = {index: gguf.TokenType.NORMAL for index in names}
+    types |= {index: gguf.TokenType.CONTROL for index in special.values()}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_pattern_name(description["pre_tokenizer"]))
+    writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(size)])
+    writer.add_token_types([types.get(index, gguf.TokenType.UNUSED) for index in range(size)])
+    merges = description["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_bos_token_id(tokenizer.end_of_text_id)
+    writer.add_eos_token_id(tokenizer.end_of_text_id)
+    writer.add_pad_token_id(tokenizer.pad_id)
+    for end in subject.ends[1:]:
+        writer.add_eot_token_id(end)
+    writer.add_add_bos_token(False)
+    if subject.chat and tokenizer.chat_template is not None:  # programs of llama.cpp begin a chat wherever there is one
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _pattern_name(pre_tokenizer: dict[str, Any]) -> str:
+    """What llama.cpp calls the pattern by which text is cut into words; `UserError` where it has none."""
+    if pre_tokenizer["type"] == "ByteLevel" and pre_tokenizer["use_regex"]:
+        return "gpt-2"
+    for step in pre_tokenizer.get("pretokenizers", []):
+        if step["type"] == "Split" and step["pattern"] == {"Regex": LLAMA3_PATTERN}:
+            return "llama-bpe"
+    raise UserError("llama.cpp has no tokenizer that cuts text into words as this one does; it knows gpt2 and llama3.")
+
+
+def _tensors(subject: Subject, kind: _Kind) -> Iterator[tuple[str, Tensor]]:
+    """Names and values as llama.cpp's converter gives them."""
+    config = subject.config
+    names = gguf.get_tensor_name_map(kind.architecture, config.n_layers)
+    for name, values in subject.theirs.state_dict().items():
+        if name == "lm_head.weight" and config.tie_embeddings:
+            continue
+        if name.endswith(_TRANSPOSED):
+            values = values.T
+        for part, heads in (("q_proj", config.n_heads), ("k_proj", config.kv_heads)):
+            if kind.reordered and f".{part}." in name:
+                values = values.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        there = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert there is not None, name
+        yield there, values
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, wanted: gguf.GGMLQuantizationType) -> None:
+    """Rows that do not divide into blocks of q8_0 are f16, as in llama.cpp's converter."""
+    values: NDArray[np.float32] = tensor.float().contiguous().numpy()
+    if values.ndim == 1 or name in _FLOAT32:
+        wanted = gguf.GGMLQuantizationType.F32
+    if values.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0]:
+        wanted = gguf.GGMLQuantizationType.F16
+    writer.add_tensor(name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
