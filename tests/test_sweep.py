@@ -1,0 +1,119 @@
+"""scripts/sweep.py: trials are ordinary runs, poor ones end early, and a sweep that is killed goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from config.errors import UserError
+from tests.small_runs import SMALL, command, kill_when, metrics, start, write_corpus
+from training.sweep import Searcher, open_study, read_sweep, suggest
+
+SWEEP: dict[str, Any] = {
+    "name": "rates",
+    "settings": {key: yaml.safe_load(value) for key, value in (setting.split("=") for setting in SMALL)},
+    "space": {"training.muon.learning_rate": [0.0001, 0.02], "training.gradient_clip": [1.0]},
+    "sampler": "grid",
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(**changes: Any) -> Path:
+    Path("sweep.yaml").write_text(yaml.safe_dump({**SWEEP, **changes}))
+    return Path("sweep.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trails": 3}, "there is no key 'trails'. Did you mean 'trials'?"),
+        ({"space": {}}, "the key 'space' is missing or empty"),
+        ({"space": {"training.seeed": [1, 2]}}, "there is no such key. Did you mean 'seed'?"),
+        ({"space": {"training.seed": []}}, "space.training.seed must be a list of values, or a range"),
+        ({"space": {"training.optimizer": ["muon", "sgd"]}}, "'sgd' is not allowed"),
+        ({"space": {"training.seed": {"low": 1, "high": 3}}}, "is a range; a grid takes lists"),
+        ({"space": {"training.seed": {"low": 3, "high": 1}}}, "low must be less than high"),
+        ({"metric": "validation_los"}, "there is no metric 'validation_los'. Did you mean 'validation_loss'?"),
+        ({"metric": "task_accuracy"}, "no run measures task_accuracy. Set training.task_interval"),
+        ({"sampler": "random"}, "say when to end: trials, hours, or both"),
+        ({"trials": -1}, "trials must be a number above 0"),
+    ],
+)
+def test_a_mistake_in_the_file_is_told_before_any_run(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_sweep(write(**changes))
+    assert not Path("runs").exists()
+
+
+def test_values_come_from_the_space_and_a_study_of_another_is_refused() -> None:
+    space = {
+        "training.muon.learning_rate": {"low": 0.001, "high": 0.1, "log": True},
+        "model.n_layers": {"low": 2, "high": 6, "step": 2},
+        "training.optimizer": ["muon", "adamw"],
+    }
+    study = open_study(read_sweep(write(space=space, sampler="tpe", trials=9)))
+    tried = [suggest(study.ask(), space) for _ in range(20)]
+    assert {each["model.n_layers"] for each in tried} == {2, 4, 6}
+    assert {each["training.optimizer"] for each in tried} == {"muon", "adamw"}
+    rates = [each["training.muon.learning_rate"] for each in tried]
+    assert all(0.001 <= rate <= 0.1 for rate in rates) and sum(rate < 0.01 for rate in rates) >= 4
+    again = open_study(read_sweep(write(space=space, sampler="tpe", trials=12)))
+    states = [trial.state.name for trial in again.get_trials()]
+    assert states == ["FAIL"] * 20 + ["WAITING"] * 20
+    assert suggest(again.ask(), space) == tried[0]
+    with pytest.raises(UserError, match="was begun with another base, space, metric or settings"):
+        open_study(read_sweep(write(space={**space, "model.n_layers": [2]}, sampler="tpe", trials=9)))
+
+
+def test_a_trial_worse_than_the_median_of_five_is_ended_early() -> None:
+    sweep = read_sweep(write(sampler="tpe", pruner="median", trials=6))
+    study = open_study(sweep)
+    for _ in range(5):
+        trial = study.ask()
+        suggest(trial, sweep.space)
+        trial.report(1.0, 4)
+        study.tell(trial, 1.0)
+    trial = study.ask()
+    run = sweep.run("rates-005", suggest(trial, sweep.space))
+    run.directory.mkdir(parents=True)
+    (run.directory / "metrics.jsonl").write_text(json.dumps({"step": 4, "validation_loss": 9.0}) + "\n")
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    said: list[str] = []
+    searcher = Searcher(sweep, study, [], said.append)
+    searcher.running.append((trial, run, process, {}))
+    searcher.search()
+    assert process.returncode == -signal.SIGTERM and "ended early at step 4: validation_loss 9.0000" in said[0]
+    assert study.trials[5].state.name == "PRUNED"
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_while_a_trial_runs_goes_on_and_finds_the_better_rate(folder: Path) -> None:
+    write_corpus(folder)
+    file = write()
+    process = start(folder, "sweep", str(file))
+    kill_when(lambda: Path("runs/rates-001/metrics.jsonl").exists(), process)
+    first = Path("runs/rates-000/environment.json").read_bytes()
+    done = command(folder, "sweep", str(file))
+    assert Path("runs/rates-000/environment.json").read_bytes() == first
+    losses = {run: metrics(Path(f"runs/rates-00{run}"))[-1]["validation_loss"] for run in (0, 1)}
+    best = min(losses, key=losses.__getitem__)
+    rows = re.findall(r"│ rates-00(\d) │ 1 +│ (\S+) +│ ([\d.]+) +│ 8 +│", done.stdout)
+    assert [int(row[0]) for row in rows] == [best, 1 - best] and rows[0][1] == "0.02"
+    assert rows[0][2] == f"{losses[best]:.4f}"
+    for name in ("parallel-coordinates", "importance"):
+        assert Path(f"runs/rates/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not Path("runs/rates-002").exists()
+    assert "rates-00" not in command(folder, "sweep", str(file)).stdout.split("best first")[0]
