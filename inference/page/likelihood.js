@@ -20,7 +20,10 @@ export function tokenElement(part) {
 // One stop for the tab key; the arrows go from token to token.
 export function watch(answer) {
   answer.addEventListener("mouseover", ({ target }) => parts.has(target) && show(target));
-  answer.addEventListener("mouseleave", hide);
+  answer.addEventListener("mouseleave", () => { // which a finger does when it lets go
+    if (parts.has(document.activeElement)) show(document.activeElement);
+    else hide();
+  });
   answer.addEventListener("focusin", ({ target }) => parts.has(target) && show(target));
   answer.addEventListener("focusout", hide);
   answer.addEventListener("keydown", (event) => {
