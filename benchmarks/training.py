@@ -86,6 +86,7 @@ Peers = Annotated[
 ]
 Python = Annotated[str, typer.Option("--python", help="Interpreter for the peers.")]
 Seeds = Annotated[int, typer.Option(help="Runs of every contender, each with a seed of its own.")]
+FirstSeed = Annotated[int, typer.Option(help="The first of these seeds; the others count on from it.")]
 Lengths = Annotated[list[int] | None, typer.Option(help="Updates to try; may be given several times.")]
 
 
@@ -128,6 +129,7 @@ def target(
     config: Recipe = DEMO,
     overrides: Overrides = None,
     seeds: Seeds = 3,
+    first_seed: FirstSeed = 1,
     steps: Lengths = None,
     tuned: Lengths = None,
     nanochat_steps: Lengths = None,
@@ -152,12 +154,17 @@ def target(
         contenders.append(_peer("nanochat", task, python))
     for number in steps or [settings.training.max_steps or 0]:
         contenders.append(_ours(OURS, settings, config, [*words, f"training.max_steps={number}"], score=True))
-    results = _turns("Loss and seconds", contenders, range(1, seeds + 1), _peak(settings))
+    results = _turns("Loss and seconds", contenders, range(first_seed, first_seed + seeds), _peak(settings))
     _print_seconds_to(contenders, results)
 
 
 def same_seconds(
-    peers: Peers, config: Recipe = DEMO, overrides: Overrides = None, seeds: Seeds = 1, python: Python = sys.executable
+    peers: Peers,
+    config: Recipe = DEMO,
+    overrides: Overrides = None,
+    seeds: Seeds = 1,
+    first_seed: FirstSeed = 1,
+    python: Python = sys.executable,
 ) -> None:
     """The loss of nanoGPT after the seconds that our recipe takes: with its README's settings, and at 3e-3."""
     words = overrides or []
@@ -172,7 +179,7 @@ def same_seconds(
     for rate in (1e-3, 3e-3):
         task = replace(readme, steps=updates, learning_rate=rate)
         contenders.append(_peer(f"nanoGPT, README CPU settings at {rate:g}", task, python))
-    _turns("Loss after the same seconds", contenders, range(1, seeds + 1), _peak(settings))
+    _turns("Loss after the same seconds", contenders, range(first_seed, first_seed + seeds), _peak(settings))
 
 
 def _checkouts(peers: list[str]) -> dict[str, str]:

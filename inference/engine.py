@@ -21,6 +21,7 @@ from torch import Tensor
 from config.errors import UserError
 from inference.choosing import Chooser, Past, TokenLogprobs
 from inference.constraints import Constraint
+from inference.interrupts import uninterrupted
 from inference.sampling import SamplingSettings
 from inference.slots import Slot, Slots
 from inference.text import Detokenizer, StopStrings
@@ -175,9 +176,13 @@ class Engine:
             for number in index:
                 self.cancel(number)
 
+    @uninterrupted()
     @torch.inference_mode()
     def step(self) -> list[Piece]:
-        """A token for every running sequence whose prompt is through; waiting ones join as far as there is room."""
+        """A token for every running sequence whose prompt is through; waiting ones join as far as there is room.
+
+        Ctrl-C takes effect when the step is done.
+        """
         while self._waiting and self._slots.free:
             sequence = self._waiting.popleft()
             sequence.slot = self._slots.take(sequence.ids)

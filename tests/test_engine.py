@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -209,6 +211,33 @@ def test_end_of_text_and_stop_tokens_end_a_sample_without_showing() -> None:
     ((stopped, text, finish),) = run([Request(LONG[:5], 3000, SamplingSettings(temperature=3.0), 1, (), [other])])
     assert finish == "stop" and stopped == tokens[: tokens.index(other) + 1]
     assert text == TOKENIZER.decode(stopped[:-1], skip_special_tokens=True)
+
+
+def test_ctrl_c_at_any_moment_leaves_an_engine_that_writes_as_before() -> None:
+    """Also where several threads share a step, and would wait for one that was interrupted."""
+    request, threads = Request(LONG[:20], max_new_tokens=400), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        engine = Engine(MODEL, TOKENIZER)
+    finally:
+        torch.set_num_threads(threads)
+    short = replace(request, max_new_tokens=8)
+    expected = [piece.token for piece in engine.generate([short])]
+    main, interrupted, written = threading.main_thread().ident, 0, 0
+    assert main is not None
+    for attempt in range(12):
+        timer = threading.Timer(0.001 + 0.001 * attempt, signal.pthread_kill, (main, signal.SIGINT))
+        try:
+            timer.start()
+            while True:
+                for _ in engine.generate([request]):
+                    written += 1
+        except KeyboardInterrupt:
+            interrupted += 1
+        timer.join()
+        assert not engine.busy
+        assert [piece.token for piece in engine.generate([short])] == expected
+    assert interrupted == 12 and written > 0
 
 
 def test_max_new_tokens_is_exact() -> None:
