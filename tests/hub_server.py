@@ -290,17 +290,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, request: Request, body: bytes, answer: Answer) -> None:
         stop = answer.cut_after if answer.cut_after is not None else answer.pause_after
         first = body if stop is None else body[:stop]
+        request.sent += len(first)  # before a client can have them, and look here
         try:
             self.wfile.write(first)
             self.wfile.flush()
-            request.sent += len(first)
             if answer.cut_after is not None:
                 self.close_connection = True
             elif stop is not None:
                 self.server_state.paused.set()
                 self.server_state.resume.wait(60)
-                self.wfile.write(body[stop:])
                 request.sent += len(body) - stop
+                self.wfile.write(body[stop:])
         except OSError:
             self.close_connection = True
 
