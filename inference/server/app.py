@@ -26,7 +26,8 @@ from inference.server.service import Generation, Service
 from inference.server.streams import EventStream, Watch
 
 PAGE = Path(__file__).parents[1] / "page"
-STREAM = {"text/event-stream": {"schema": {"type": "string"}, "example": "data: {...}\n\ndata: [DONE]\n\n"}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAM = {"text/event-stream": {"schema": EVENT}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
