@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,7 @@ Reproduce = Annotated[
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from config.schema import Config
     from evaluation.perplexity import Evaluation
     from model.transformer import Transformer
     from training.pretraining import Pretraining
@@ -65,8 +66,6 @@ def train(
         resolve(recipe, settings, print_config)
     calm_threads()
     from config.load import load_config
-    from evaluation.run_report import write_page
-    from training import trainer
     from training.pretraining import open_pretraining
     from training.restarts import AUTO, own_checkpoint
     from training.resume import run_config
@@ -78,17 +77,10 @@ def train(
     show(config, print_config)
     job = open_pretraining(config, checkpoint)
     _describe(job)
-    result = trainer.train(
-        job.config,
-        job.source,
-        tokenizer_fingerprint=job.tokenizer_fingerprint,
-        data_fingerprint=job.data_fingerprint,
-        evaluate=evaluator(job),
-        ask=_asker(job),
-        sampler=_sampler(job),
+    result = _train(
+        job,
+        load_config(recipes) if checkpoint is None else None,
         resume=checkpoint,
-        recipe=load_config(recipes) if checkpoint is None else None,
-        page=write_page,
         profile=profile,
         keep_name=restarting,
     )
@@ -96,6 +88,25 @@ def train(
         _report(result)
     if result.stopped_by:
         raise typer.Exit(128 + result.stopped_by)
+
+
+def _train(job: Pretraining, recipe: Config | None, **options: Any) -> TrainResult:
+    """Train `job`, whose settings the page of the run compares with those of `recipe`."""
+    from evaluation.run_report import write_page
+    from training import trainer
+
+    return trainer.train(
+        job.config,
+        job.source,
+        tokenizer_fingerprint=job.tokenizer_fingerprint,
+        data_fingerprint=job.data_fingerprint,
+        evaluate=evaluator(job),
+        ask=_asker(job),
+        sampler=_sampler(job),
+        recipe=recipe,
+        page=write_page,
+        **options,
+    )
 
 
 def _refuse_beside_reproduce(recipe: Path | None, resume: str | None) -> None:
@@ -117,8 +128,6 @@ def _reproduce(directory: Path, settings: list[str], print_config: bool) -> None
 
     from config.files import local
     from data.tokens import TokenFiles
-    from evaluation.run_report import write_page
-    from training import trainer
     from training.pretraining import open_pretraining
     from training.reproduction import environment_of, open_original
 
@@ -132,17 +141,7 @@ def _reproduce(directory: Path, settings: list[str], print_config: bool) -> None
     if not int(os.environ.get("RANK", 0)):
         for change in original.changes(job.config, environment_of(job.config)):
             print(f"warning: {change}.")
-    result = trainer.train(
-        job.config,
-        job.source,
-        tokenizer_fingerprint=job.tokenizer_fingerprint,
-        data_fingerprint=job.data_fingerprint,
-        evaluate=evaluator(job),
-        ask=_asker(job),
-        sampler=_sampler(job),
-        recipe=original.config([]),
-        page=write_page,
-    )
+    result = _train(job, original.config([]))
     if result.stopped_by:
         raise typer.Exit(128 + result.stopped_by)
     if result.is_main:

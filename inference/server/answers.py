@@ -86,6 +86,16 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class Answer(BaseModel):
+    """What every answer and chunk begins with."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
 class TextChoice(BaseModel):
     """One text that was written, or the next part of it."""
 
@@ -95,14 +105,10 @@ class TextChoice(BaseModel):
     finish_reason: Finish | None
 
 
-class Completion(BaseModel):
+class Completion(Answer):
     """Answer, or chunk, of /v1/completions."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage | None = None
 
@@ -124,14 +130,10 @@ class ChatChoice(BaseModel):
     finish_reason: Finish
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(Answer):
     """Answer of /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -152,14 +154,10 @@ class ChunkChoice(BaseModel):
     finish_reason: Finish | None
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(Answer):
     """Chunk of /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
 
