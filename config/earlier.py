@@ -26,6 +26,7 @@ BEFORE: dict[str, Any] = {
         "task_interval": None,
         "task_questions": 100,
         "best_metric": "validation_loss",
+        "early_stopping": {"patience": None, "min_delta": 0.0},
         "price_per_device_hour": None,
     },
     "data": {

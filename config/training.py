@@ -56,6 +56,13 @@ class BatchWarmupConfig(Section):
     steps: Annotated[int, Field(ge=0)]
 
 
+class EarlyStoppingConfig(Section):
+    """Ending a run that gets no better."""
+
+    patience: PositiveInt | None
+    min_delta: Annotated[float, Field(ge=0.0)]
+
+
 class WandbConfig(Section):
     """Weights & Biases."""
 
@@ -111,6 +118,7 @@ class TrainingConfig(Section):
     keep_every: PositiveInt | None
     keep_best: bool
     best_metric: Literal["validation_loss", "task_accuracy"]
+    early_stopping: EarlyStoppingConfig
     save_in_background: bool
     wandb: WandbConfig
 
@@ -123,6 +131,10 @@ class TrainingConfig(Section):
             )
         if self.best_metric == "task_accuracy" and self.task_interval is None:
             raise ValueError("best_metric: task_accuracy is measured where task_interval is set, such as to 1000")
+        if self.early_stopping.patience is not None and not self.keep_best:
+            raise ValueError(
+                "early_stopping.patience: what is worth keeping then is the best checkpoint; set keep_best to true"
+            )
         if self.task_interval is not None and self.tensor_parallel > 1:
             raise ValueError("task_interval: goes with tensor_parallel=1 alone")
         if self.fp8 and self.tensor_parallel > 1:

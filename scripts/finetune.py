@@ -244,7 +244,7 @@ def _report(job: Finetuning, result: TrainResult) -> None:
     import math
     import shlex
 
-    from training.ending import told_end
+    from training.ending import told_best, told_end
 
     resumed = f"python scripts/finetune.py --resume {shlex.quote(str(result.checkpoint))}"
     if told_end(result, resumed, "training.epochs=N, with more of them than before."):
@@ -255,9 +255,9 @@ def _report(job: Finetuning, result: TrainResult) -> None:
         f"Loss on {len(job.validation):,} held-out examples: {before:.4f} before, {loss:.4f} after "
         f"(perplexity {math.exp(before):.2f} before, {math.exp(loss):.2f} after)."
     )
-    prompt = _prompt(job.probe)
+    best, prompt = told_best(result), _prompt(job.probe)
     print(f"Wrote {result.checkpoint} and {result.run_dir}/ (metrics.jsonl, curves.png).")
-    print(f"Next: python scripts/generate.py --checkpoint {shlex.quote(str(result.checkpoint))}{prompt}")
+    print(f"Next: python scripts/generate.py --checkpoint {shlex.quote(str(best))}{prompt}")
 
 
 def _prompt(probe: Example) -> str:

@@ -242,8 +242,9 @@ def _sampler(job: Pretraining) -> Callable[[Transformer], str] | None:
 def _report(result: TrainResult) -> None:
     """The last lines: what was written, and what to type next."""
     import math
+    import shlex
 
-    from training.ending import told_end
+    from training.ending import told_best, told_end
     from training.launch import resume_command
 
     if told_end(result, resume_command(result.checkpoint), f"training.max_steps={2 * result.steps}"):
@@ -251,7 +252,10 @@ def _report(result: TrainResult) -> None:
     loss = result.validation_loss
     if loss is not None:
         print(f"Trained to step {result.step:,}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}.")
-    print(f"Wrote {result.checkpoint} and {result.run_dir}/ (report.html, metrics.jsonl). Next: python scripts/eval.py")
+    best, command = told_best(result), "python scripts/eval.py"
+    if best != result.checkpoint:
+        command += f" --checkpoint {shlex.quote(str(best))}"
+    print(f"Wrote {result.checkpoint} and {result.run_dir}/ (report.html, metrics.jsonl). Next: {command}")
 
 
 def main() -> None:

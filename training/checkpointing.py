@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,25 @@ PATIENCE = 60.0  # seconds that the writer of a run that was killed gets for its
 LONG = 1.0  # seconds of waiting that are worth a word
 ASSUMED_SPEED = 1e8  # bytes per second of a disk of which nothing is known yet
 GOES_ON = "Training goes on, and tries again at the next checkpoint."
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best checkpoint of a run so far, by the `metric` that had this `value` there."""
+
+    path: Path
+    step: int
+    metric: str
+    value: float
+
+
+def best_checkpoint(training: TrainingConfig, best: dict[str, Any] | None) -> Best | None:
+    """What the entry `best` of a checkpoint names in `training.checkpoint_dir`; None where that is not there."""
+    for step, path in list_checkpoints(Path(training.checkpoint_dir)):
+        if best is not None and step == best["step"]:
+            ((metric, value),) = ((key, value) for key, value in best.items() if key != "step")
+            return Best(path, step, metric, value)
+    return None
 
 
 class Checkpoints:

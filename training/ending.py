@@ -1,8 +1,9 @@
-"""What a person reads where a run ends before its last step, or had reached it before."""
+"""What a person reads at the end of a run: how it ended, and which of its checkpoints is the one to use."""
 
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 from training.trainer import TrainResult
 
@@ -12,6 +13,10 @@ def told_end(result: TrainResult, resume: str, longer: str) -> bool:
 
     `resume` is the command that goes on from the checkpoint, `longer` what to add to it to train on past the last step.
     """
+    if result.already_complete and result.in_vain:
+        print(f"This run is complete: it was stopped early after step {result.step:,} of {result.steps:,}.")
+        print(f"Nothing was done. To train on: {resume} training.early_stopping.patience=null")
+        return True
     if result.already_complete:
         print(f"This run is complete: step {result.step:,} of {result.steps:,}. Nothing was done.")
         print(f"To train on: {resume} {longer}")
@@ -25,3 +30,19 @@ def told_end(result: TrainResult, resume: str, longer: str) -> bool:
     print(f"Stopped by {cause} after step {result.step:,} of {result.steps:,}; wrote {result.checkpoint}.")
     print(f"Go on with: {resume}")
     return True
+
+
+def told_best(result: TrainResult) -> Path | None:
+    """The checkpoint to use: the best one. Prints why, where it is not the last, or the run was stopped early."""
+    best = result.best
+    if result.in_vain:
+        print(
+            f"Stopped early after step {result.step:,} of {result.steps:,}: the last {result.in_vain} evaluations were "
+            "no better than the best before them (training.early_stopping)."
+        )
+    if best is None or best.path == result.checkpoint:
+        return result.checkpoint
+    print(
+        f"The best checkpoint is {best.path}: {best.metric.replace('_', ' ')} {best.value:.4f} at step {best.step:,}."
+    )
+    return best.path

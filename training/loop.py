@@ -16,11 +16,10 @@ step, so a checkpoint needs to remember no more than where the run stands.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from training.checkpointing import GOES_ON
 from training.console import Console, count, duration
 from training.distributed import Process
 from training.gauges import memory_in_use, temperature
+from training.measuring import Ask, EarlyStopping, Evaluate, Measured, Sample, due_at
 from training.meter import Meter
 from training.optimizers import Optimizers
 from training.parallelism import aside, averaged_over, micro_batch
@@ -49,20 +49,6 @@ from training.shares import agree_on_overflow, gradient_norm, take_gradients
 from training.signals import SAVE, STOP, Requests
 from training.spikes import PlacesOf, SpikeGuard
 from training.tracking import SKIPPED
-
-
-class Evaluated(Protocol):
-    """The result of an evaluation: at least the mean loss in nats per token, over the shares of all processes."""
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-
-
-Evaluate = Callable[[Transformer, int, int], Evaluated]  # model, rank, world size
-Ask = Callable[[Transformer, int, int], float]  # the same, for the share of questions answered rightly
-Sample = Callable[[Transformer], str]
-Measured = dict[str, float]  # validation_loss and task_accuracy, as far as they were measured at a step
 
 
 @dataclass
@@ -83,6 +69,7 @@ class Loop:
     sharded: ShardedSaving | None
     requests: Requests
     guard: SpikeGuard
+    stopping: EarlyStopping
     evaluate: Evaluate
     ask: Ask | None
     sampler: Sample | None
@@ -93,7 +80,7 @@ class Loop:
     reading: str = ""
 
     def run(self, source: SampleSource) -> int | None:
-        """Take every step that is left; returns what ended the run before its last: None, a signal, or 0 for time."""
+        """Take every step that is left, or as many as are of use; a signal or, for time, 0 where that ended the run."""
         training, plan, process = self.config.training, self.plan, self.process
         loader = DataLoader(
             source,
@@ -109,6 +96,8 @@ class Loop:
         places_of = partial(places, source, seed=training.seed)
         gc.freeze()
         try:
+            if self._was_enough(self.progress.step):
+                return None
             for step in range(self.progress.step + 1, plan.steps + 1):
                 first = loader.cursor
                 batch = next(loader)
@@ -122,6 +111,8 @@ class Loop:
                 due = last or step % training.checkpoint_interval == 0
                 saving = due or asked == SAVE
                 measured = {} if stopped else self._measure(step, due)
+                enough = self._enough(step, measured)
+                last, saving = last or enough, saving or enough
                 if measured or saving or step % training.log_interval == 0:
                     self._account(places_of)
                     self._log(step, measured)
@@ -133,8 +124,8 @@ class Loop:
                     self.sharded.tend(partial(self._state, loader.cursor, {}), bool(busy))
                 elif self.record is not None:
                     self.record.tend(partial(self._state, loader.cursor, {}))
-                if stopped:
-                    return asked - STOP
+                if stopped or enough:
+                    return asked - STOP if stopped else None
                 self.console.status(f"step {step}/{plan.steps}{self.reading}")
                 if self.profile is not None:
                     self.profile.step()
@@ -197,12 +188,8 @@ class Loop:
 
     def _measure(self, step: int, due: bool) -> Measured:
         """What is to be measured at this step; where a checkpoint is `due`, what the best one is told by, too."""
-        training, last = self.config.training, step == self.plan.steps
-        needed = training.best_metric if due and training.keep_best else None
-        judging = last or step % training.eval_interval == 0 or needed == "validation_loss"
-        ask = (
-            self.ask if last or step % (training.task_interval or step + 1) == 0 or needed == "task_accuracy" else None
-        )
+        wanted = due_at(self.config.training, step, step == self.plan.steps, due)
+        judging, ask = "validation_loss" in wanted, self.ask if "task_accuracy" in wanted else None
         measured: Measured = {}
         if not judging and ask is None:
             return measured
@@ -216,6 +203,15 @@ class Loop:
                 measured["task_accuracy"] = ask(self.model, *((0, 1) if alone else share))
             self.model.train()
         return measured
+
+    def _enough(self, step: int, measured: Measured) -> bool:
+        """Whether early stopping ends the run after `step`; all processes agree."""
+        return self.stopping.judge(step, measured) and bool(self.process.largest(int(self.stopping.over)))
+
+    def _was_enough(self, step: int) -> bool:
+        """The same of the step that this run goes on from, where it was stopped before it could measure anything."""
+        due = step % self.config.training.checkpoint_interval == 0
+        return self.stopping.owes(step) and self._enough(step, self._measure(step, due))
 
     def _account(self, places_of: PlacesOf) -> None:
         """Count and write down the steps left out since the last reading; end a run that no longer gets anywhere."""
@@ -294,6 +290,7 @@ class Loop:
             "optimizer": self.optimizers.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "spikes": self.guard.state_dict(),
+            "stopping": self.stopping.state_dict(),
             "threads": torch.get_num_threads(),
             "rng": randomness.capture(),
             "step": self.progress.step,

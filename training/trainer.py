@@ -14,11 +14,13 @@ from model.checkpoint import load_checkpoint
 from model.float8 import use_float8
 from model.transformer import Transformer
 from training import randomness
+from training.checkpointing import Best, best_checkpoint
 from training.console import Console, count
 from training.determinism import determinism, fix_threads
 from training.distributed import Process, open_process
 from training.environment import keep_freed_memory
-from training.loop import Ask, Evaluate, Loop, Sample
+from training.loop import Loop
+from training.measuring import Ask, EarlyStopping, Evaluate, Sample
 from training.meter import Meter
 from training.optimizers import Optimizers, make_optimizers
 from training.parallelism import deal, parallelise
@@ -42,7 +44,9 @@ from training.tracking import Page
 class TrainResult:
     """How a call of `train` ended.
 
-    `stopped_by` is the signal that cut it short, 0 for `training.max_hours`, None where the run is complete.
+    `stopped_by` is the signal that cut it short, 0 for `training.max_hours`, None where the run is complete; that is
+    also where early stopping ended it, after `in_vain` measurements that were no better. `best` is the best checkpoint
+    by `training.best_metric`, as far as there is one; only the main process knows that of a run it trained.
     """
 
     step: int
@@ -53,6 +57,8 @@ class TrainResult:
     stopped_by: int | None
     already_complete: bool
     is_main: bool
+    in_vain: int = 0
+    best: Best | None = None
 
 
 def train(
@@ -114,18 +120,22 @@ def train(
         guard = SpikeGuard(training.spike_factor, training.max_skipped_in_a_row, process.device)
         progress = Progress(samples=len(source), data_fingerprint=data_fingerprint)
         state: dict[str, Any] = {}
+        stopping = EarlyStopping(training)
         if resume is not None:
             state = load_checkpoint(resume)
             require_same_tokenizer(resume, state, tokenizer_fingerprint)
             require_same_data(resume, state, len(source), data_fingerprint)
             progress = load_state(state, resume, model, optimizers, precision, guard)
+            stopping = EarlyStopping(training, state.get("stopping"))
             fix_threads(state.get("threads"))
 
         name = state["run_name"] if state else run_name(config, keep=keep_name)
         run_dir = Path(training.runs_dir) / name
         loss = state.get("validation_loss")
-        if progress.step >= plan.steps:
-            return TrainResult(progress.step, plan.steps, run_dir, resume, loss, None, True, process.is_main)
+        if progress.step >= plan.steps or stopping.over:
+            result = TrainResult(progress.step, plan.steps, run_dir, resume, loss, None, True, process.is_main)
+            in_vain = stopping.in_vain if stopping.over else 0
+            return replace(result, in_vain=in_vain, best=best_checkpoint(training, state.get("best")))
         if stopped := process.largest(requests.stop or 0):
             return TrainResult(progress.step, plan.steps, run_dir, resume, loss, stopped, False, process.is_main)
 
@@ -159,6 +169,7 @@ def train(
             sharded=ShardedSaving(training, process, record, console.say) if plan.layout.shares_weights else None,
             requests=requests,
             guard=guard,
+            stopping=stopping,
             evaluate=evaluate,
             ask=ask,
             sampler=sampler if plan.layout.tensor == 1 else None,
@@ -180,10 +191,12 @@ def train(
             if record is not None:
                 record.close()
         checkpoint = record.checkpoints.latest if record is not None else None
+        best = best_checkpoint(training, record.checkpoints.best) if record is not None else None
         loss = loop.validation_loss
         if record is not None and stopped_by is None:
             write_result(run_dir, progress.step, loss, None if plan.layout.shares_weights else weights_hash(model))
-        return TrainResult(progress.step, plan.steps, run_dir, checkpoint, loss, stopped_by, False, process.is_main)
+        result = TrainResult(progress.step, plan.steps, run_dir, checkpoint, loss, stopped_by, False, process.is_main)
+        return replace(result, in_vain=stopping.in_vain if stopping.over else 0, best=best)
 
 
 def _probe(model: Transformer, plan: Plan, precision: Precision, process: Process, optimizers: Optimizers) -> int:
