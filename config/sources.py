@@ -31,8 +31,8 @@ def date_word(value: Any) -> Any:
     return str(value) if isinstance(value, int) else value
 
 
-CONVERSATIONS = "messages"
-"""The text column of sets that are no plain text but conversations, for fine-tuning."""
+CONVERSATIONS = ("messages", "chosen")
+"""Text columns of sets that are no plain text but conversations, or answers to prefer, for fine-tuning."""
 
 Bytes = Annotated[PositiveInt, BeforeValidator(byte_count)]
 """A number of bytes, which may be written as `5GB`."""

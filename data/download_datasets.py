@@ -104,7 +104,7 @@ def _next_lines(names: list[str], data: DataConfig, recipe: Recipe, overrides: l
 
     from config.sources import CONVERSATIONS
 
-    talks = {name for name, source in data.sources.items() if getattr(source, "text_column", None) == CONVERSATIONS}
+    talks = {name for name, source in data.sources.items() if getattr(source, "text_column", None) in CONVERSATIONS}
     asked = list(dict.fromkeys(names or data.use))
     texts = [name for name in asked if name not in talks]
     if texts:

@@ -18,6 +18,7 @@ from config.command import (
     run,
     with_determinism,
 )
+from config.errors import UserError
 from training.signals import expect_signals
 
 if TYPE_CHECKING:
@@ -33,14 +34,25 @@ Dataset = Annotated[
     Path | None,
     typer.Option(
         "--dataset",
-        metavar="FILE.jsonl",
-        help="Examples, one JSON object per line, also as .gz or .zst; or the folder of a downloaded set, such as "
-        "corpus/raw/smoltalk.",
+        metavar="FILE|FOLDER",
+        help="Examples: a .jsonl (.gz, .zst) or .parquet file, or a folder of Parquet files or of a downloaded "
+        "set, such as corpus/raw/smoltalk.",
     ),
 ]
 Validation = Annotated[
     Path | None,
-    typer.Option("--validation", metavar="FILE.jsonl", help="Examples to validate on, instead of holding out a tenth."),
+    typer.Option(
+        "--validation", metavar="FILE|FOLDER", help="Examples to validate on, instead of holding out a tenth."
+    ),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="KEY=COLUMN",
+        help="Which column of the set stands for a key of an example, such as prompt=question or "
+        "completion=answer.text; may be repeated.",
+    ),
 ]
 Checkpoint = Annotated[
     str | None,
@@ -55,6 +67,7 @@ def finetune(
     overrides: Overrides = None,
     dataset: Dataset = None,
     validation: Validation = None,
+    columns: Columns = None,
     checkpoint: Checkpoint = None,
     recipe: Recipe = None,
     resume: Resume = None,
@@ -76,7 +89,7 @@ def finetune(
     from training.finetuning import Asked, open_finetuning, starting_config
 
     settings = with_determinism(overrides, deterministic)
-    asked = Asked(dataset, validation, checkpoint, resume, [recipe] if recipe else [], settings)
+    asked = Asked(dataset, validation, checkpoint, resume, [recipe] if recipe else [], settings, columns or [])
     if print_config:
         print(to_yaml(starting_config(asked)[0]), end="")
         raise typer.Exit()
@@ -85,6 +98,8 @@ def finetune(
     if preview:
         _show(job, preview)
         return
+    if job.pairs:
+        raise UserError("A chosen and a rejected answer are no text to go on with: the next token cannot be trained.")
     from dataclasses import replace
 
     from evaluation.run_report import write_page
@@ -120,12 +135,15 @@ def _show(job: Finetuning, number: int) -> None:
     """The first examples, as the model will see them."""
     from rich.console import Console
 
-    from data.examples.preview import CLOSING, OPENING, render
+    from data.examples.preview import CLOSING, OPENING, render, render_pair
 
     console = Console(highlight=False)
-    for index in range(min(number, len(job.train))):
+    for index in range(min(number, job.pairs.pairs if job.pairs else len(job.train))):
         console.rule(f"example {index + 1}", style="dim")
-        console.print(render(job.tokenizer, job.train.encoded(index)))
+        if job.pairs:
+            console.print(render_pair(job.tokenizer, *job.pairs.pair(index)))
+        else:
+            console.print(render(job.tokenizer, job.train.encoded(index)))
     console.rule(style="dim")
     print(_size(job))
     print(
@@ -136,10 +154,13 @@ def _show(job: Finetuning, number: int) -> None:
 def _size(job: Finetuning) -> str:
     """The set in one line."""
     train, held = job.train, job.validation
+    sides, examples = (2, "pairs") if job.pairs else (1, "examples")
+    packed = sides * len(job.source)
     return (
-        f"{len(train):,} examples to train on, {len(held):,} held out; {train.trained_tokens:,} of {train.tokens:,} "
-        f"tokens are trained; the longest example fills {train.length:,} of {job.about['context_length']:,} tokens."
-        + (f" They are packed into {len(job.source):,} sequences." if job.source is not job.train else "")
+        f"{len(train) // sides:,} {examples} to train on, {len(held) // sides:,} held out; {train.trained_tokens:,} of "
+        f"{train.tokens:,} tokens are trained; the longest {examples[:-1]} fills {train.length:,} of "
+        f"{job.about['context_length']:,} tokens."
+        + (f" They are packed into {packed:,} sequences." if packed < len(train) else "")
     )
 
 
@@ -264,12 +285,15 @@ def _prompt(probe: Example) -> str:
     """A held-out prompt as an option of generate.py; none where it is no single line, which are better typed."""
     import shlex
 
+    from data.examples.preferences import PreferenceExample
     from data.examples.reading import ChatExample, CompletionExample
 
-    text = probe.prompt if isinstance(probe, CompletionExample) else ""
+    prompt = probe.prompt if isinstance(probe, CompletionExample | PreferenceExample) else ""
     if isinstance(probe, ChatExample) and [message["role"] for message in probe.messages] == ["user", "assistant"]:
-        text = probe.messages[0]["content"]
-    return f" --prompt {shlex.quote(text)}" if text and "\n" not in text and len(text) < 200 else ""
+        prompt = probe.messages[:1]
+    if not isinstance(prompt, str):
+        prompt = prompt[0]["content"] if [message["role"] for message in prompt] == ["user"] else ""
+    return f" --prompt {shlex.quote(prompt)}" if prompt and "\n" not in prompt and len(prompt) < 200 else ""
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -94,7 +96,7 @@ class TestReading:
             ("[1, 2]", "not an object but a list"),
             ('"text"', "not an object but a string"),
             ("null", "not an object but null"),
-            ("{}", 'has none of "text", "prompt" with "completion", "messages" (its keys: none)'),
+            ("{}", '"messages", "chosen" with "rejected" (its keys: none; --map KEY=COLUMN'),
             ('{"instruction": "a", "output": "b"}', "its keys: instruction, output"),
             ('{"prompt": "a"}', 'has no "completion"'),
             ('{"completion": "a"}', 'has no "prompt"'),
@@ -163,9 +165,9 @@ class TestReading:
 
     def test_a_file_that_is_missing_or_of_another_kind(self, tmp_path: Path) -> None:
         assert "There is no file" in refusal(tmp_path / "set.jsonl")
-        (tmp_path / "folder.jsonl").mkdir()
-        assert "There is no file" in refusal(tmp_path / "folder.jsonl")
-        assert ".jsonl, .jsonl.gz, .jsonl.zst" in refusal(tmp_path / "set.csv")
+        (tmp_path / "folder").mkdir()
+        assert "holds no Parquet files, and is no downloaded set" in refusal(tmp_path / "folder")
+        assert ".jsonl, .jsonl.gz, .jsonl.zst and .parquet files" in refusal(tmp_path / "set.csv")
 
     @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
     def test_a_compressed_file_that_is_cut_short(self, tmp_path: Path, suffix: str) -> None:
@@ -611,6 +613,16 @@ class TestCommand:
         info = load_model(folder / "checkpoints/finetuned/model_step_1.pt")[1]
         assert info.finetuning is not None and info.finetuning["format"] == "messages"
 
+    def test_columns_of_other_names_are_remembered(self, tmp_path: Path) -> None:
+        folder = fresh(tmp_path)
+        rows = [{"animal": {"name": f"The {animal} says"}, "sound": f" {sound}"} for animal, sound in ANIMALS.items()]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "set.parquet")
+        words = ["--map", "prompt=animal.name", "--map", "completion=sound"]
+        status, output, _ = here(folder, "--dataset", "set.parquet", *words, *QUICK, "training.epochs=1")
+        assert status == 0 and "--prompt 'The " in output.splitlines()[-1]
+        assert here(folder, "--resume", "latest", "training.epochs=4")[0] == 0
+        assert len(list((folder / "checkpoints/finetuned").glob("*.pt"))) > 1
+
     def test_the_same_update_with_and_without_accumulation(self, tmp_path: Path) -> None:
         """Examples with one trained token beside others with many: each token weighs the same in any micro-batch.
 
@@ -719,6 +731,7 @@ class TestRefusals:
                 "is no checkpoint of fine-tuning. To start from it: --checkpoint checkpoints/model_step_7.pt",
             ),
             (["--dataset", "animals.jsonl", "--validation", "animals.jsonl"], "7 of 7 prompts in animals.jsonl"),
+            (["--dataset", "animals.jsonl", "--map", "prompt=pormpt"], "Did you mean 'prompt'?"),
             (["--dataset", "animals.jsonl", "training.short_sequences.length=8"], "would cut examples apart"),
             (["--dataset", "animals.jsonl", "training.sequence_length=4"], "longer than the model's context of 4"),
             (["--dataset", "animals.jsonl", "data.finetuning.too_long=cut"], "'refuse', 'truncate' or 'drop'"),

@@ -13,9 +13,11 @@ import numpy as np
 from config.errors import UserError
 from config.load import CONFIG_DIR, load_config
 from config.schema import Config
+from data.examples.columns import Columns
 from data.examples.encoding import EncodedExamples, encode_examples
 from data.examples.packed import PackedExamples
-from data.examples.reading import Example, format_of, read_examples
+from data.examples.pairs import PairSamples
+from data.examples.reading import ANSWERS, Example, format_of, read_examples
 from data.examples.samples import ExampleSamples, hold_out, refuse_shared_prompts
 from data.tokenization import Tokenizer
 from data.tokenization.matching import matching_tokenizer
@@ -38,19 +40,21 @@ class Asked:
     resume: str | None
     recipes: Sequence[Path]
     overrides: Sequence[str]
+    columns: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Finetuning:
     """`about` is what every checkpoint of the run is to tell; `start` holds the first weights, `resume` later ones.
 
-    `source` is `train` as the training loop reads it. `probe` is the first held-out example. `encoded` is the account
-    of the set, and of the validation set where that is a file of its own.
+    `source` is `train` as the training loop reads it; of pairs, `train` and `validation` hold both sides in turn.
+    `probe` is the first held-out example. `encoded` is the account of the set, and of the validation set where that is
+    a file of its own.
     """
 
     config: Config
     tokenizer: Tokenizer
-    source: ExampleSamples | PackedExamples
+    source: ExampleSamples | PackedExamples | PairSamples
     train: ExampleSamples
     validation: ExampleSamples
     probe: Example
@@ -63,6 +67,11 @@ class Finetuning:
     def newest(self) -> Path:
         """The checkpoint with the weights that the run begins with now."""
         return self.resume or self.start
+
+    @property
+    def pairs(self) -> PairSamples | None:
+        """The pairs to train on, where the set is of preferences."""
+        return self.source if isinstance(self.source, PairSamples) else None
 
 
 def starting_config(asked: Asked) -> tuple[Config, Path, Path | None]:
@@ -106,8 +115,9 @@ def open_finetuning(asked: Asked, watch: Watch = lambda examples, what: examples
         raise UserError("Name the examples to train on with --dataset FILE.jsonl; docs/finetuning.md shows their form.")
     validation = asked.validation or _path(before.get("validation"))
     unusable = config.data.preprocess.max_bad_fraction
-    examples = read_examples(dataset, unusable)
-    held_out = read_examples(validation, unusable) if validation else []
+    words = asked.columns or before.get("columns", ())
+    examples = read_examples(dataset, unusable, Columns(words))
+    held_out = read_examples(validation, unusable, Columns(words)) if validation else []
     if validation:
         if format_of(held_out[0]) != format_of(examples[0]):
             raise UserError(
@@ -131,11 +141,12 @@ def open_finetuning(asked: Asked, watch: Watch = lambda examples, what: examples
         probe = found.examples[int(np.argmax(held))]
         trained = [example for example, out in zip(found.examples, held, strict=True) if not out]
     train = ExampleSamples(parts[0], tokenizer.pad_id, length, [example.location for example in trained])
-    source = PackedExamples(train, length) if config.data.finetuning.packing else train
+    source = _source(format_of(examples[0]), train, length, config.data.finetuning.packing)
     heldout = ExampleSamples(parts[1], tokenizer.pad_id, length)
 
     about = {
-        "format": format_of(examples[0]),
+        "format": ANSWERS.get(format_of(examples[0]), format_of(examples[0])),
+        "columns": list(words),
         "dataset": str(dataset),
         "validation": str(validation) if validation else None,
         "start": str(start),
@@ -153,6 +164,15 @@ def open_finetuning(asked: Asked, watch: Watch = lambda examples, what: examples
         start=start,
         resume=resume,
     )
+
+
+def _source(
+    form: str, train: ExampleSamples, length: int, packing: bool
+) -> ExampleSamples | PackedExamples | PairSamples:
+    """The examples as the training loop reads them."""
+    if form in ANSWERS:
+        return PairSamples(train, length, packing)
+    return PackedExamples(train, length) if packing else train
 
 
 def _path(saved: str | None) -> Path | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from config.errors import UserError
+from data.examples.preferences import PreferenceExample
 from data.examples.reading import ChatExample, CompletionExample, Example, TextExample
 from data.tokenization.chat import encode_messages
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from data.tokenization import Tokenizer
 
 TooLong = Literal["refuse", "truncate", "drop"]
+SHOWN = 10
 
 
 class Encoded(NamedTuple):
@@ -35,7 +37,7 @@ class EncodedExamples:
 
     samples: list[Encoded] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
-    """The example that each sample was made of."""
+    """The example that each sample was made of. A pair is two samples, the chosen side and then the rejected one."""
     too_long: int = 0
     shortened: int = 0
     dropped: list[str] = field(default_factory=list)
@@ -44,7 +46,7 @@ class EncodedExamples:
     """Assistant messages that went with the beginning of a conversation."""
 
 
-def encode_example(tokenizer: Tokenizer, example: Example) -> Encoded:
+def encode_example(tokenizer: Tokenizer, example: TextExample | CompletionExample | ChatExample) -> Encoded:
     """The ids of an example. A text stands between two end-of-text tokens, as in pre-training; a completion ends in it.
 
     Prompt and completion are encoded one by one, so the prompt has the ids it will have when a completion is asked for.
@@ -58,6 +60,22 @@ def encode_example(tokenizer: Tokenizer, example: Example) -> Encoded:
     mask = np.asarray(trained, dtype=np.bool_)
     mask[:1] = False
     return Encoded(np.asarray(ids, dtype=np.int32), mask)
+
+
+def encode_pair(tokenizer: Tokenizer, example: PreferenceExample) -> list[Encoded]:
+    """Both sides of a pair, the chosen one first, each with the prompt, of which nothing is trained."""
+    if isinstance(example.prompt, str):
+        sides = [CompletionExample(example.location, example.prompt, str(side)) for side in example.sides]
+        return [encode_example(tokenizer, side) for side in sides]
+    prompt = np.asarray(encode_messages(tokenizer, example.prompt, add_generation_prompt=True)[0], dtype=np.int32)
+    pair = []
+    for side in example.sides:
+        ids, trained = encode_example(tokenizer, ChatExample(example.location, (*example.prompt, *side)))
+        both = min(len(prompt), len(ids))
+        differing = np.flatnonzero(prompt[:both] != ids[:both])  # where a template writes earlier turns otherwise
+        trained[: differing[0] if len(differing) else both] = False
+        pair.append(Encoded(ids, trained))
+    return pair
 
 
 def _joined(given: Sequence[int], trained: Sequence[int]) -> Encoded:
@@ -78,20 +96,28 @@ def encode_examples(
     limit = context_length + 1
     result = EncodedExamples()
     total, longest, first = 0, 0, ""
+    untrained: list[str] = []
     for example in examples:
         total += 1
-        encoded = encode_example(tokenizer, example)
-        pieces = [encoded]
-        if len(encoded.ids) > limit:
+        pieces = _encoded(tokenizer, example)
+        untrained += [] if all(piece.trained.any() for piece in pieces) else [example.location]
+        size = max(len(piece.ids) for piece in pieces)
+        if size > limit:
             result.too_long += 1
-            longest, first = max(longest, len(encoded.ids)), first or example.location
-            pieces = list(_shortened(tokenizer, example, encoded, limit, result)) if too_long == "truncate" else []
+            longest, first = max(longest, size), first or example.location
+            pieces = list(_shortened(tokenizer, example, pieces, limit, result)) if too_long == "truncate" else []
             if pieces:
                 result.shortened += 1
             else:
                 result.dropped.append(example.location)
         result.samples += pieces
         result.examples += [example] * len(pieces)
+    if untrained:
+        named = ", ".join(untrained[:SHOWN]) + (" and more" if len(untrained) > SHOWN else "")
+        raise UserError(
+            f"{len(untrained):,} of {total:,} examples have nothing to train on, since the chat template marks none of "
+            f"their tokens as the assistant's: {named}. Remove them, or correct the template."
+        )
     if result.too_long and too_long == "refuse":
         raise UserError(_too_long(result.too_long, total, longest, first, context_length))
     if not result.samples:
@@ -113,16 +139,27 @@ def _too_long(count: int, total: int, longest: int, first: str, context_length: 
     )
 
 
+def _encoded(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
+    return (
+        encode_pair(tokenizer, example)
+        if isinstance(example, PreferenceExample)
+        else [encode_example(tokenizer, example)]
+    )
+
+
 def _shortened(
-    tokenizer: Tokenizer, example: Example, encoded: Encoded, limit: int, result: EncodedExamples
+    tokenizer: Tokenizer, example: Example, encoded: list[Encoded], limit: int, result: EncodedExamples
 ) -> Iterator[Encoded]:
     if isinstance(example, TextExample):
-        yield from _pieces(encoded, limit)
-    elif isinstance(example, CompletionExample):
-        if encoded.trained.sum() < limit:
-            yield Encoded(encoded.ids[-limit:], encoded.trained[-limit:])
-    else:
+        yield from _pieces(encoded[0], limit)
+    elif isinstance(example, ChatExample):
         yield from _latest_turns(tokenizer, example, limit, result)
+    elif isinstance(example.prompt, str):
+        cut = max(len(side.ids) for side in encoded) - limit
+        if all(side.trained.sum() < len(side.ids) - cut for side in encoded):
+            yield from (Encoded(side.ids[cut:], side.trained[cut:]) for side in encoded)
+    else:
+        yield from _latest_prompt(tokenizer, example, limit)
 
 
 def _pieces(encoded: Encoded, limit: int) -> Iterator[Encoded]:
@@ -146,6 +183,19 @@ def _latest_turns(tokenizer: Tokenizer, example: ChatExample, limit: int, result
             result.untrained_turns += sum(message["role"] == "assistant" for message in turns[:start])
             yield encoded
             return
+
+
+def _latest_prompt(tokenizer: Tokenizer, example: PreferenceExample, limit: int) -> list[Encoded]:
+    """A pair after the longest end of its prompt that begins with a user's message, such that both sides fit."""
+    assert not isinstance(example.prompt, str)
+    head = [message for message in example.prompt[:1] if message["role"] == "system"]
+    for start in range(len(head) + 1, len(example.prompt)):
+        if example.prompt[start]["role"] != "user":
+            continue
+        pair = encode_pair(tokenizer, replace(example, prompt=(*head, *example.prompt[start:])))
+        if all(len(side.ids) <= limit for side in pair):
+            return pair
+    return []
 
 
 def split_answer(encoded: Encoded) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

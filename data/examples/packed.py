@@ -17,6 +17,29 @@ if TYPE_CHECKING:
 NOTHING = -1  # the document of what fills up a sample
 
 
+class Bins:
+    """Which items of so many tokens share a sequence of at most `capacity`: best-fit, or each alone.
+
+    `length` are the tokens of the fullest, as a multiple of 8 where `capacity` allows it.
+    """
+
+    def __init__(self, sizes: NDArray[np.int64], capacity: int, packing: bool = True) -> None:
+        bins = best_fit_decreasing(sizes, capacity) if packing else np.arange(len(sizes))
+        self._order = np.argsort(bins, kind="stable")
+        self._until = np.cumsum(np.bincount(bins))
+        fullest = int(np.bincount(bins, weights=sizes).max())
+        self.length = min(-(-fullest // MULTIPLE) * MULTIPLE, capacity)
+
+    def __len__(self) -> int:
+        return len(self._until)
+
+    def members(self, index: int) -> list[int]:
+        """The numbers of the items in a sequence."""
+        first = int(self._until[index - 1]) if index else 0
+        members: list[int] = self._order[first : self._until[index]].tolist()
+        return members
+
+
 class PackedExamples:
     """The examples of a set, best-fit packed into samples of at most `context_length` tokens (a `SampleSource`).
 
@@ -28,15 +51,11 @@ class PackedExamples:
 
     def __init__(self, examples: ExampleSamples, context_length: int) -> None:
         self.examples = examples
-        sizes = examples.lengths - 1
-        bins = best_fit_decreasing(sizes, context_length)
-        self._order = np.argsort(bins, kind="stable")
-        self._until = np.cumsum(np.bincount(bins))
-        fullest = int(np.bincount(bins, weights=sizes).max())
-        self.length = min(-(-fullest // MULTIPLE) * MULTIPLE, context_length)
+        self._bins = Bins(examples.lengths - 1, context_length)
+        self.length = self._bins.length
 
     def __len__(self) -> int:
-        return len(self._until)
+        return len(self._bins)
 
     @property
     def examples_per_sample(self) -> float:
@@ -54,7 +73,7 @@ class PackedExamples:
         targets = np.full(self.length, IGNORED, dtype=np.int32)
         documents = np.full(self.length, NOTHING, dtype=np.int32)
         at = 0
-        for number in self._members(index):
+        for number in self._bins.members(index):
             ids, trained = self.examples.encoded(number)
             end = at + len(ids) - 1
             inputs[at:end] = ids[:-1]
@@ -65,9 +84,4 @@ class PackedExamples:
 
     def place(self, index: int) -> str:
         """Where its examples were read."""
-        return ", ".join(self.examples.place(number) for number in self._members(index))
-
-    def _members(self, index: int) -> list[int]:
-        first = int(self._until[index - 1]) if index else 0
-        members: list[int] = self._order[first : self._until[index]].tolist()
-        return members
+        return ", ".join(self.examples.place(number) for number in self._bins.members(index))

@@ -24,11 +24,18 @@ def segments(tokenizer: Tokenizer, encoded: Encoded) -> list[tuple[str, bool]]:
     return [(tokenizer.decode(run.tolist()), bool(flag)) for run, flag in zip(runs, flags, strict=True)]
 
 
-def render(tokenizer: Tokenizer, encoded: Encoded) -> Text:
+def render(tokenizer: Tokenizer, encoded: Encoded, trained_style: str = "bold green") -> Text:
     """The same in two colours; trained parts stand in brackets as well, for eyes and files without colours."""
     from rich.text import Text
 
     text = Text()
     for part, trained in segments(tokenizer, encoded):
-        text.append(f"{OPENING}{part}{CLOSING}" if trained else part, style="bold green" if trained else "dim")
+        text.append(f"{OPENING}{part}{CLOSING}" if trained else part, style=trained_style if trained else "dim")
     return text
+
+
+def render_pair(tokenizer: Tokenizer, chosen: Encoded, rejected: Encoded) -> Text:
+    """The prompt with what was chosen in green, and below it what was rejected in red."""
+    start = int(np.argmax(rejected.trained))
+    text = render(tokenizer, chosen).append("\nrejected: ")
+    return text.append_text(render(tokenizer, Encoded(rejected.ids[start:], rejected.trained[start:]), "bold red"))

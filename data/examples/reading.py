@@ -1,36 +1,43 @@
-"""Reading examples from JSON lines, and refusing what is none before anything is computed.
+"""Reading examples from JSON lines or Parquet, and refusing what is none before anything is computed.
 
-Three formats, one per file:
+Four formats, one per file:
 
     {"text": "..."}                                               every token is trained
     {"prompt": "...", "completion": "..."}                        the completion is trained
     {"messages": [{"role": "user", "content": "..."}, ...]}       what the assistant says is trained
+    {"prompt": "...", "chosen": "...", "rejected": "..."}         one answer is preferred (data/examples/preferences.py)
 
-Further keys of a record are ignored. The folder of a downloaded source will do in place of a file.
+Further keys of a record are ignored. A folder of Parquet files, or that of a downloaded source, will do as well.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
 from config.errors import UserError
+from data.examples.checks import Messages, Unusable, json_fault, kind_of, messages_in, text_in
+from data.examples.columns import Columns
 from data.examples.downloaded import is_source, source_rows
+from data.examples.preferences import PreferenceExample, preference
+from data.examples.tables import is_table, table_files, table_rows
 from data.formats.jsonl import numbered_lines
+from data.formats.rows import Fault
 from data.formats.streams import BrokenStream
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PREFERENCES, PREFERENCES_IN_MESSAGES = "preferences", "preferences in messages"
+ANSWERS = {PREFERENCES: "prompt-completion", PREFERENCES_IN_MESSAGES: "messages"}  # as which format a side of a pair is
 FORMATS = {"text": ("text",), "prompt-completion": ("prompt", "completion"), "messages": ("messages",)}
-ROLES = ("system", "user", "assistant")
 SHOWN = 10
 _HELP = (
-    '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}, ...]}; '
-    "see docs/finetuning.md"
+    '{"text": ...}, {"prompt": ..., "completion": ...}, {"messages": [{"role": ..., "content": ...}, ...]} or '
+    '{"prompt": ..., "chosen": ..., "rejected": ...}; see docs/finetuning.md'
 )
 
 
@@ -64,10 +71,10 @@ class CompletionExample:
 
 @dataclass(frozen=True, slots=True)
 class ChatExample:
-    """A conversation, of which the assistant's turns are trained. A message has a `role` of `ROLES` and `content`."""
+    """A conversation, of which the assistant's turns are trained."""
 
     location: str
-    messages: tuple[Mapping[str, str], ...]
+    messages: Messages
 
     @property
     def given(self) -> str:
@@ -76,36 +83,37 @@ class ChatExample:
         return orjson.dumps(self.messages[: first or 1]).decode()
 
 
-Example = TextExample | CompletionExample | ChatExample
-
-
-class _Unusable(Exception):
-    """Why a line is no example."""
+Example = TextExample | CompletionExample | ChatExample | PreferenceExample
 
 
 def format_of(example: Example) -> str:
-    """The key of `FORMATS` for an example."""
+    """The name of an example's format: a key of `FORMATS`, or one of the two of preferences."""
+    if isinstance(example, PreferenceExample):
+        return PREFERENCES if isinstance(example.prompt, str) else PREFERENCES_IN_MESSAGES
     if isinstance(example, TextExample):
         return "text"
     return "prompt-completion" if isinstance(example, CompletionExample) else "messages"
 
 
-def read_examples(path: Path, most_unusable: float = 0.0) -> list[Example]:
-    """All examples of a .jsonl file, plain or compressed (.gz, .zst), in order; empty lines are skipped.
+def read_examples(path: Path, most_unusable: float = 0.0, columns: Columns | None = None) -> list[Example]:
+    """All examples of a .jsonl file, plain or compressed (.gz, .zst), or of Parquet, in order; empty lines are skipped.
 
-    Of the folder of a downloaded source, those of all its files; there, rows that are none are left out, and counted on
-    standard error, as long as they are no more than the share `most_unusable`.
+    Of a folder of Parquet, those of all its files, and likewise of the folder of a downloaded source; there, rows that
+    are none are left out, and counted on standard error, as long as they are no more than the share `most_unusable`.
+    `columns` give the keys of an example other names.
 
-    Raises `UserError`: for unusable lines with their number, then file, line and reason of the first ten; for a file
-    that mixes formats; for one that holds no example at all.
+    Raises `UserError`: for a column that is nowhere; for unusable lines with their number, then file, line and reason
+    of the first ten; for a file that mixes formats; for one that holds no example at all.
     """
+    columns = columns or Columns()
     examples: list[Example] = []
     unusable: list[str] = []
-    for location, row in _rows(path):
+    for location, row in _rows(path, columns):
         try:
-            examples.append(_example(location, row))
-        except _Unusable as reason:
+            examples.append(_example(location, row, columns))
+        except Unusable as reason:
             unusable.append(f"{location}: {reason}")
+    columns.refuse_unknown(path)
     total = len(unusable) + len(examples)
     if unusable and (not is_source(path) or len(unusable) > most_unusable * total):
         raise UserError(_refusal(path, unusable, total))
@@ -118,110 +126,82 @@ def read_examples(path: Path, most_unusable: float = 0.0) -> list[Example]:
     return examples
 
 
-def _rows(path: Path) -> Iterator[tuple[str, bytes | dict[str, Any] | None]]:
-    """Place and content of each row of a file or of a downloaded source."""
+def _rows(path: Path, columns: Columns) -> Iterator[tuple[str, bytes | dict[str, Any] | Fault | None]]:
+    """Place and content of each row of a file, of a folder of Parquet, or of a downloaded source."""
     if is_source(path):
-        yield from source_rows(path, {key for keys in FORMATS.values() for key in keys})
-        return
-    for number, line in _lines(path):
-        yield f"{path}:{number}", line
+        yield from source_rows(path, columns)
+    elif is_table(path):
+        for name in table_files(path):
+            with _opened(name) as file:
+                for number, row in table_rows(file, columns):
+                    yield f"{name}:{number}", row
+    else:
+        for number, line in _lines(path):
+            yield f"{path}:{number}", line
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     """Number, from 1, and content of every line that is not blank; None for one too long to be held."""
     if not path.name.endswith(SUFFIXES):
-        raise UserError(f"{path}: examples are read from {', '.join(SUFFIXES)} files, one JSON object per line.")
+        raise UserError(f"{path}: examples are read from {', '.join(SUFFIXES)} and .parquet files, or a folder.")
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             yield from numbered_lines(file, path.name)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"There is no file {path}. Name a JSON-lines file of examples with --dataset.") from error
-    except PermissionError as error:
-        raise UserError(f"May not read {path}.") from error
     except BrokenStream as error:
         raise UserError(f"{path} is {error.reason}: it cannot be decompressed to its end. Fetch it again.") from error
 
 
-def _example(location: str, row: bytes | dict[str, Any] | None) -> Example:
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}. Name a file of examples with --dataset.") from error
+    except PermissionError as error:
+        raise UserError(f"May not read {path}.") from error
+
+
+def _example(location: str, row: bytes | dict[str, Any] | Fault | None, columns: Columns) -> Example:
     if row is None:
-        raise _Unusable("the line is longer than 32 MiB, or the file ends too early")
+        raise Unusable("the line is longer than 32 MiB")
+    if isinstance(row, Fault):
+        raise Unusable(f"cannot be read: {row.excerpt}")
     try:
         record = row if isinstance(row, dict) else orjson.loads(row)
     except orjson.JSONDecodeError as error:
         assert isinstance(row, bytes)
-        raise _Unusable(_json_fault(row, error)) from error
+        raise Unusable(json_fault(row, error)) from error
     if not isinstance(record, dict):
-        raise _Unusable(f"not an object but {_kind(record)}")
+        raise Unusable(f"not an object but {kind_of(record)}")
+    record = columns.rename(record)
+    if "chosen" in record and "rejected" in record:
+        return preference(location, record)
     whole = [name for name, keys in FORMATS.items() if all(key in record for key in keys)]
     if len(whole) > 1:
-        raise _Unusable(f"has the keys of two formats, {whole[0]} and {whole[1]}; keep one")
+        raise Unusable(f"has the keys of two formats, {whole[0]} and {whole[1]}; keep one")
     if not whole:
-        raise _Unusable(_missing(record))
+        raise Unusable(_missing(record))
     if whole == ["text"]:
-        return TextExample(location, _text_in(record, "text"))
+        return TextExample(location, text_in(record, "text"))
     if whole == ["prompt-completion"]:
-        return CompletionExample(location, _text_in(record, "prompt"), _text_in(record, "completion"))
-    return ChatExample(location, _messages(record["messages"]))
-
-
-def _json_fault(line: bytes, error: orjson.JSONDecodeError) -> str:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as fault:
-        return f"not valid UTF-8 at byte {fault.start + 1}"
-    return f"not valid JSON: {error.msg.partition(': line ')[0]}, column {error.colno}"
+        return CompletionExample(location, text_in(record, "prompt"), text_in(record, "completion"))
+    messages = messages_in(record, "messages")
+    if all(message["role"] != "assistant" for message in messages):
+        raise Unusable("has no assistant message, so there is nothing to train on")
+    return ChatExample(location, messages)
 
 
 def _missing(record: dict[str, Any]) -> str:
-    for keys in FORMATS.values():
+    for keys in [("chosen", "rejected"), *FORMATS.values()]:
         if any(key in record for key in keys):
             return f'has no "{next(key for key in keys if key not in record)}"'
     found = ", ".join(str(key) for key in list(record)[:6])
-    return f'has none of "text", "prompt" with "completion", "messages" (its keys: {found or "none"})'
-
-
-def _text_in(record: dict[str, Any], key: str, where: str = "") -> str:
-    value = record[key]
-    if not isinstance(value, str):
-        raise _Unusable(f'{where}"{key}" is {_kind(value)}, not a string')
-    if not value or value.isspace():
-        raise _Unusable(f'{where}"{key}" is empty')
-    return value
-
-
-def _messages(value: Any) -> tuple[Mapping[str, str], ...]:
-    if not isinstance(value, list):
-        raise _Unusable(f'"messages" is {_kind(value)}, not a list')
-    if not value:
-        raise _Unusable('"messages" is empty')
-    messages = []
-    for index, message in enumerate(value):
-        where = f"messages[{index}] "
-        if not isinstance(message, dict):
-            raise _Unusable(f"{where}is {_kind(message)}, not an object")
-        for key in ("role", "content"):
-            if key not in message:
-                raise _Unusable(f'{where}has no "{key}"')
-        if message["role"] not in ROLES:
-            raise _Unusable(f"{where}has the role {message['role']!r}; the roles are {', '.join(ROLES)}")
-        if message["role"] == "system" and index:
-            raise _Unusable(f"{where}is a system message; only the first may be one")
-        messages.append({"role": message["role"], "content": _text_in(message, "content", where)})
-    if all(message["role"] != "assistant" for message in messages):
-        raise _Unusable("has no assistant message, so there is nothing to train on")
-    return tuple(messages)
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in JSON's own words."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names[type(value)]
+    formats = '"text", "prompt" with "completion", "messages", "chosen" with "rejected"'
+    return f"has none of {formats} (its keys: {found or 'none'}; --map KEY=COLUMN gives a column another name)"
 
 
 def _refusal(path: Path, unusable: list[str], total: int) -> str:
-    lines = [f"{len(unusable):,} of {total:,} lines of {path} cannot be used:"]
+    rows = "rows" if is_table(path) else "lines"
+    lines = [f"{len(unusable):,} of {total:,} {rows} of {path} cannot be used:"]
     lines += [f"  {reason}" for reason in unusable[:SHOWN]]
     if len(unusable) > SHOWN:
         lines.append(f"  and {len(unusable) - SHOWN:,} more")

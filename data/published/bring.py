@@ -91,7 +91,7 @@ def check_column(name: str, config: SourceSection, files: Sequence[ListedFile], 
     with open_published(file.url, file.size, file.etag, connections) as content:
         for row in islice(read_rows(content, file.path, column, limit=LOOK_ROWS), LOOK_ROWS):
             other = isinstance(row, Fault) and row.reason == "text-not-a-string"
-            if isinstance(row, Row) or row.reason in A_TEXT or other and column == CONVERSATIONS:
+            if isinstance(row, Row) or row.reason in A_TEXT or other and column in CONVERSATIONS:
                 return
             other_kind = other_kind or other
             columns.update(dict.fromkeys(row.columns))
