@@ -38,6 +38,7 @@ from config.schema import Config
 from data.documents import BadRecord, Document, read_documents
 from data.download import Downloaded, download_source
 from data.download_datasets import download_datasets
+from data.examples.preferences import PreferenceExample
 from data.examples.reading import ChatExample, read_examples
 from data.pipeline.run import preprocess
 from data.sources import Job
@@ -692,8 +693,20 @@ class TestExamples:
         assert len(examples) == 109
         assert isinstance(examples[0], ChatExample) and list(examples[0].messages) == turns[0]
         assert "1 of 110 rows" in capsys.readouterr().err
-        with pytest.raises(UserError, match="1 of 110 lines of corpus/raw/web cannot be used"):
+        with pytest.raises(UserError, match="1 of 110 rows of corpus/raw/web cannot be used"):
             read_examples(folder)
+
+    def test_a_downloaded_set_of_preferences_in_messages(self, server: HubServer) -> None:
+        asked = {"role": "user", "content": "why?"}
+        rows = [
+            {side: [asked, {"role": "assistant", "content": f"{side} {number}"}] for side in ("chosen", "rejected")}
+            for number in range(20)
+        ]
+        server.repos["owner/pairs"] = Repo({"main": {"data/train-0.parquet": parquet(rows)}})
+        config = config_of(web={"kind": "hub", "repository": "owner/pairs", "text_column": "chosen"})
+        download(config)
+        examples = read_examples(Path(config.data.raw_dir) / "web")
+        assert len(examples) == 20 and all(isinstance(example, PreferenceExample) for example in examples)
 
     def test_what_to_type_next_depends_on_what_it_is(
         self, server: HubServer, capsys: pytest.CaptureFixture[str]
