@@ -155,6 +155,9 @@ class GenerationConfig(Section):
     stop: list[str]
     seed: int | None
     num_samples: PositiveInt
+    beams: PositiveInt
+    length_penalty: Annotated[float, Field(ge=-10.0, le=10.0)]
+    early_stopping: bool
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     quantize: Literal["none", "int8", "int4"]
     compile: bool
@@ -163,6 +166,8 @@ class GenerationConfig(Section):
     def _combinations(self) -> GenerationConfig:
         if self.json_schema is not None and self.regex is not None:
             raise ValueError("regex: a text has one form; set regex or json_schema, not both")
+        if 1 < self.beams < self.num_samples:
+            raise ValueError(f"num_samples: {self.beams} beams find no more than {self.beams} texts")
         return self
 
 

@@ -35,6 +35,12 @@ def check_bias(bias: Sequence[tuple[int, float]], vocab_size: int) -> None:
             raise UserError(f"logit_bias: there is no token {token}; this vocabulary has 0 to {vocab_size - 1}.")
 
 
+def check_numbers(logits: Tensor) -> None:
+    """Raise `UserError` where a model gives no numbers."""
+    if not bool(logits.isfinite().all()):
+        raise UserError("The weights of this checkpoint give no numbers (NaN or infinity). Use an earlier one.")
+
+
 class Past:
     """What of a sequence decides its next token, besides the logits.
 

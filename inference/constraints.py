@@ -71,6 +71,12 @@ class Progress:
         """Go on by `token`."""
         self._matcher.consume_token(token)
 
+    def copy(self) -> Progress:
+        """Another one that has come as far."""
+        other = object.__new__(Progress)
+        other._matcher, other._words = self._matcher.deep_copy(), self._words
+        return other
+
 
 def json_schema(schema: Mapping[str, Any] | bool | str, tokenizer: Tokenizer) -> Constraint:
     """JSON that `schema` describes: a JSON schema, parsed or as text.

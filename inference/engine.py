@@ -19,18 +19,16 @@ import torch
 from torch import Tensor
 
 from config.errors import UserError
-from inference.choosing import Chooser, Past, TokenLogprobs
+from inference.choosing import Chooser, Past, TokenLogprobs, check_numbers
 from inference.constraints import Constraint
 from inference.interrupts import uninterrupted
 from inference.sampling import SamplingSettings
 from inference.slots import Slot, Slots
-from inference.text import Detokenizer, StopStrings
+from inference.text import FinishReason, Writing
 from model.transformer import Transformer
 
 if TYPE_CHECKING:
     from data.tokenization import Tokenizer
-
-FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +76,7 @@ class _Sequence:
     number: int
     request: Request
     ids: list[int]
-    detokenizer: Detokenizer
-    stops: StopStrings
-    stop_tokens: frozenset[int]
+    writing: Writing
     past: Past
     slot: Slot | None = None
 
@@ -144,9 +140,7 @@ class Engine:
             number=self._submitted,
             request=request,
             ids=ids,
-            detokenizer=Detokenizer(self._tokenizer),
-            stops=StopStrings(request.stop),
-            stop_tokens=frozenset((self._tokenizer.end_of_text_id, *request.stop_tokens)),
+            writing=Writing(self._tokenizer, request.stop, (self._tokenizer.end_of_text_id, *request.stop_tokens)),
             past=Past(request, ids, self._tokenizer.vocab_size, self._sampling_device),
         )
         self._waiting.append(sequence)
@@ -192,8 +186,8 @@ class Engine:
             return []
         owners = {id(sequence.slot): sequence for sequence in self._running}
         ready = [owners[id(slot)] for slot in slots]
-        if any(sequence.past.drawn == 0 for sequence in ready) and not bool(logits.isfinite().all()):
-            raise UserError("The weights of this checkpoint give no numbers (NaN or infinity). Use an earlier one.")
+        if any(sequence.past.drawn == 0 for sequence in ready):
+            check_numbers(logits)
         pieces = []
         for sequence, (token, logprobs) in zip(ready, self._choose(ready, logits), strict=True):
             pieces.append(self._accept(sequence, token, logprobs))
@@ -211,22 +205,7 @@ class Engine:
     def _accept(self, sequence: _Sequence, token: int, logprobs: TokenLogprobs | None) -> Piece:
         """Append a drawn token to its sequence; work out the text it makes certain, and whether it is the last."""
         sequence.ids.append(token)
-        finish: FinishReason | None = None
-        stops = sequence.stops
-        if token in sequence.stop_tokens:
-            finish, text = "stop", stops.push(sequence.detokenizer.flush())
-        else:
-            text = stops.push(sequence.detokenizer.push(token))
-            if not stops.stopped and sequence.past.ended:
-                finish = "stop"
-                text += stops.push(sequence.detokenizer.flush())
-            elif not stops.stopped and self._is_full(sequence):
-                finish = "length"
-                text += stops.push(sequence.detokenizer.flush())
-        if stops.stopped:
-            finish = "stop"
-        elif finish is not None:
-            text += stops.flush()
+        text, finish = sequence.writing.push(token, sequence.past.ended, self._is_full(sequence))
         return Piece(sequence.number, token, text, finish, logprobs)
 
     def _is_full(self, sequence: _Sequence) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,17 @@ import yaml
 from config.errors import UserError
 from config.load import config_from_dict
 from inference.choosing import check_bias
-from inference.engine import Engine
-from inference.prompting import Message, chat_prompt, chat_stop_tokens, constraint_of, make_requests, seed_of
+from inference.engine import Engine, Request
+from inference.prompting import (
+    Message,
+    best_texts,
+    chat_prompt,
+    chat_stop_tokens,
+    check_beams,
+    constraint_of,
+    make_requests,
+    seed_of,
+)
 from inference.saving import Exchange, save_session
 from inference.terminal import Printer, Samples
 
@@ -98,6 +107,7 @@ class Session:
         tree = self._config.model_dump()
         tree["generation"] = {**tree["generation"], key: parsed}
         config = config_from_dict(tree, "/set")
+        check_beams(config.generation, [key])
         constraint_of(config.generation, self._tokenizer)
         check_bias(tuple(config.generation.logit_bias.items()), self._tokenizer.vocab_size)
         self._config = config
@@ -120,15 +130,35 @@ class Session:
         requests = make_requests(
             settings, prompt, seed_of(settings), stop_tokens, constraint_of(settings, self._tokenizer)
         )
-        samples = Samples(len(requests), self._printer, lambda sample: self._begin(sample, len(requests)))
+        texts = self._search(settings, requests[0]) if settings.beams > 1 else self._draw(requests)
+        if texts:
+            self._exchanges.append((text, texts))
+        if self._chat and texts:
+            self._messages.append({"role": "assistant", "content": texts[0]})
+        elif self._chat:
+            self._messages.pop()
+
+    def _draw(self, requests: Sequence[Request]) -> tuple[str, ...]:
+        """Show the texts as they come; what has come of them when all are finished, or at Ctrl-C."""
+        samples = Samples(len(requests), self._printer, lambda sample: self._begin("sample", sample, len(requests)))
         pieces = self._engine_of(min(self._slots, len(requests))).generate(requests)
         try:
             samples.show(pieces)
         except KeyboardInterrupt:
             self._printer.end_line()
-        self._exchanges.append((text, tuple(samples.texts)))
-        if self._chat:
-            self._messages.append({"role": "assistant", "content": samples.texts[0]})
+        return tuple(samples.texts)
+
+    def _search(self, settings: GenerationConfig, request: Request) -> tuple[str, ...]:
+        """Show the best texts that beams find; none at Ctrl-C."""
+        try:
+            found = best_texts(self._model, self._tokenizer, settings, request)
+        except KeyboardInterrupt:
+            return ()
+        for place, each in enumerate(found):
+            self._begin("text", place, len(found))
+            self._say(each.text)
+            self._printer.end_line()
+        return tuple(each.text for each in found)
 
     def _engine_of(self, slots: int) -> Engine:
         """The engine of the last answer where it has as many slots: it still holds the conversation so far."""
@@ -136,9 +166,9 @@ class Session:
             self._engine = Engine(self._model, self._tokenizer, slots, compiled=self._start.generation.compile)
         return self._engine
 
-    def _begin(self, sample: int, count: int) -> None:
+    def _begin(self, what: str, place: int, count: int) -> None:
         if count > 1:
-            self._say(f"--- sample {sample + 1} ---\n")
+            self._say(f"--- {what} {place + 1} ---\n")
 
     def _say(self, text: str) -> None:
         self._printer.write(text)

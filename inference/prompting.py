@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config.errors import UserError
+from config.load import load_config
 from config.schema import GenerationConfig
 from data.tokenization.chat import encode_messages
 from data.tokenization.special import END
+from inference.beams import BeamSearch, Found
 from inference.constraints import Constraint, json_object, json_schema, regex
 from inference.engine import Engine, Request
 from inference.sampling import SamplingSettings
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
 
 Message = Mapping[str, str]  # "role" (system, user or assistant) and "content"
+
+_DRAWING = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1}  # with the values that are none
 
 
 def make_requests(
@@ -53,6 +57,36 @@ def make_requests(
         )
         for sample in range(settings.num_samples)
     ]
+
+
+def check_beams(settings: GenerationConfig, given: Collection[str] = ()) -> None:
+    """Raise `UserError` where texts are to be searched for by beams, and a setting was made that only drawing has.
+
+    That is one whose value is not the shipped one, or which is among the keys `given`.
+    """
+    if settings.beams == 1:
+        return
+    shipped = load_config().generation
+    for key, off in _DRAWING.items():
+        value = getattr(settings, key)
+        if value != off and (key in given or value != getattr(shipped, key)):
+            raise UserError(
+                f"generation.{key}: a beam search draws nothing by chance, so {value} could do nothing. Leave it out "
+                f"(or set it to {off}), or set beams to 1."
+            )
+
+
+def best_texts(model: Transformer, tokenizer: Tokenizer, settings: GenerationConfig, request: Request) -> list[Found]:
+    """The `settings.num_samples` best texts that a search as wide as `settings.beams` finds, best first."""
+    search = BeamSearch(
+        model,
+        tokenizer,
+        settings.beams,
+        length_penalty=settings.length_penalty,
+        early_stopping=settings.early_stopping,
+        compiled=settings.compile,
+    )
+    return search.search([request])[0][: settings.num_samples]
 
 
 def constraint_of(settings: GenerationConfig, tokenizer: Tokenizer) -> Constraint | None:
@@ -110,6 +144,8 @@ def sample_text(
     model.eval()
     try:
         request = make_requests(settings, tokenizer.encode(prompt), seed)[0]
+        if settings.beams > 1:
+            return prompt + best_texts(model, tokenizer, settings, request)[0].text
         return prompt + "".join(piece.text for piece in Engine(model, tokenizer).generate([request]))
     finally:
         model.train(was_training)

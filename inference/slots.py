@@ -75,13 +75,28 @@ class Slots:
 
     def take(self, ids: list[int]) -> Slot:
         """A row for a text of at least one token: the free one that holds most of its beginning."""
-        window = ids[self._window_start(len(ids)) :]
+        window = ids[window_start(len(ids), self._context) :]
         row = max(self._free, key=lambda row: _usable(window, self._free[row].tokens, self._free[row].large))
         left = self._free.pop(row)
-        slot = Slot(row, ids, self._window_start(len(ids)))
+        slot = Slot(row, ids, window_start(len(ids), self._context))
         slot.done, slot.large = _usable(window, left.tokens, left.large), len(window) // BLOCK * BLOCK
         self._taken.append(slot)
         return slot
+
+    def fork(self, slot: Slot) -> Slot:
+        """A further row with the text of `slot`: the free one that holds most of it, and only the rest is copied."""
+        window = slot.window[: slot.done]
+
+        def held(row: int) -> int:
+            left = self._free[row]
+            return _common(window, left.tokens) if left.large == slot.large else 0
+
+        row = max(self._free, key=held)
+        self._cache.copy_row(slot.row, row, slot.done, held(row))
+        del self._free[row]
+        other = Slot(row, list(slot.ids), slot.start, slot.done, slot.large)
+        self._taken.append(other)
+        return other
 
     def leave(self, slot: Slot) -> None:
         """Give a row back; what it holds may serve another text."""
@@ -116,13 +131,8 @@ class Slots:
         ready = [place for place, (slot, _) in enumerate(chunks) if slot.start + slot.done == len(slot.ids)]
         return [chunks[place][0] for place in ready], logits if len(ready) == len(chunks) else logits[ready]
 
-    def _window_start(self, length: int) -> int:
-        """Index of the first token that the model sees: 0, and from the limit on jumping by half a context."""
-        jump = max(1, self._context // 2)
-        return max(0, -(-(length - self._context) // jump) * jump)
-
     def _slide(self, slot: Slot) -> None:
-        start = self._window_start(len(slot.ids))
+        start = window_start(len(slot.ids), self._context)
         if start != slot.start:
             slot.start, slot.done, slot.large = start, 0, (len(slot.ids) - start) // BLOCK * BLOCK
 
@@ -155,6 +165,24 @@ class Slots:
             slot.done = most
 
 
+def window_start(length: int, context: int) -> int:
+    """Index of the first token of a text that the model sees: 0, and from the limit on jumping by half a context."""
+    jump = max(1, context // 2)
+    return max(0, -(-(length - context) // jump) * jump)
+
+
+def _common(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens both begin with; comparing slices is much quicker than token by token."""
+    low, high = 0, min(len(tokens), len(others))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tokens[low:middle] == others[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def _usable(window: Sequence[int], tokens: Sequence[int], large: int) -> int:
     """How many of the first tokens of `window` need not be computed, given those of another row; all but one at most.
 
@@ -162,5 +190,5 @@ def _usable(window: Sequence[int], tokens: Sequence[int], large: int) -> int:
     """
     own = len(window) // BLOCK * BLOCK
     limit = min(len(window) - 1, len(tokens)) if own == large else min(len(tokens), own, large)
-    common = next((place for place in range(limit) if window[place] != tokens[place]), limit)
+    common = min(limit, _common(window, tokens))
     return common if common >= own else common // BLOCK * BLOCK

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from data.tokenization import Tokenizer
+
+FinishReason = Literal["stop", "length"]
 
 
 class Detokenizer:
@@ -27,6 +29,12 @@ class Detokenizer:
     def flush(self) -> str:
         """The rest, when no more tokens come: U+FFFD for a character that was not finished."""
         return self._decoder.decode(b"", final=True)
+
+    def copy(self) -> Detokenizer:
+        """Another one that has come as far."""
+        other = Detokenizer(self._tokenizer)
+        other._decoder.setstate(self._decoder.getstate())
+        return other
 
 
 class StopStrings:
@@ -60,6 +68,12 @@ class StopStrings:
         shown, self._held = self._held, ""
         return shown
 
+    def copy(self) -> StopStrings:
+        """Another one that has come as far."""
+        other = StopStrings(self._stops)
+        other._held, other.stopped = self._held, self.stopped
+        return other
+
     def _longest_beginning(self) -> int:
         """Length of the longest end of the held text with which a stop string begins."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
@@ -68,3 +82,31 @@ class StopStrings:
             if any(stop.startswith(ending) for stop in self._stops):
                 return length
         return 0
+
+
+class Writing:
+    """A text that grows by tokens, up to one of `stop_tokens`, a text of `stops`, or where it must end."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], stop_tokens: Iterable[int]) -> None:
+        self._detokenizer, self._stops = Detokenizer(tokenizer), StopStrings(stops)
+        self._stop_tokens = frozenset(stop_tokens)
+
+    def push(self, token: int, complete: bool, full: bool) -> tuple[str, FinishReason | None]:
+        """Add a token; returns the text that it makes certain, and how the text ended, if it did.
+
+        `complete`: its form lets nothing follow; `full`: there is no room for more.
+        """
+        stops, last = self._stops, token in self._stop_tokens
+        text = "" if last else stops.push(self._detokenizer.push(token))
+        finish: FinishReason | None = "stop" if last or complete else "length" if full else None
+        if finish is not None and not stops.stopped:
+            text += stops.push(self._detokenizer.flush())
+            text += stops.flush()
+        return text, "stop" if stops.stopped else finish
+
+    def copy(self) -> Writing:
+        """Another one that has come as far."""
+        other = object.__new__(Writing)
+        other._detokenizer, other._stops = self._detokenizer.copy(), self._stops.copy()
+        other._stop_tokens = self._stop_tokens
+        return other

@@ -65,11 +65,14 @@ class KVCache:
         part.lengths, part.extent = self.lengths[start:stop], self.extent
         return part
 
-    def copy_row(self, source: int, target: int, length: int | None = None) -> None:
-        """Make row `target` hold what row `source` holds, or the first `length` tokens of that."""
+    def copy_row(self, source: int, target: int, length: int | None = None, begin: int = 0) -> None:
+        """Make row `target` hold what row `source` holds, or the first `length` tokens of that.
+
+        Its first `begin` tokens, which are the same already, are not copied.
+        """
         length = int(self.lengths[source]) if length is None else length
         for memory in (self.keys, self.values):
-            memory[:, target, :, :length] = memory[:, source, :, :length]
+            memory[:, target, :, begin:length] = memory[:, source, :, begin:length]
         self.lengths[target] = length
 
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

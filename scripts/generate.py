@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from config.command import Overrides, PrintConfig, Recipe, resolve, run
 from config.errors import UserError
-
-if TYPE_CHECKING:
-    from config.schema import Config
-    from data.tokenization import Tokenizer
-    from model.transformer import Transformer
 
 SLOTS = 16  # samples that are generated together; more of them wait
 
@@ -44,6 +38,12 @@ JsonSchema = Annotated[
 Regex = Annotated[str | None, typer.Option(metavar="PATTERN", help="Write what this matches as a whole.")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="The most tokens to write.")]
 NumSamples = Annotated[int | None, typer.Option(help="How many continuations to write.")]
+Beams = Annotated[
+    int | None, typer.Option(help="Above 1: no drawing, but a search so wide for the likeliest text, shown at its end.")
+]
+LengthPenalty = Annotated[
+    float | None, typer.Option(help="Of a beam search: 0 favours short texts, 1 none, more favours long ones.")
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End where this appears; may be repeated.")]
 Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to run.")]
@@ -73,6 +73,8 @@ def generate(
     regex: Regex = None,
     max_new_tokens: MaxNewTokens = None,
     num_samples: NumSamples = None,
+    beams: Beams = None,
+    length_penalty: LengthPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
     device: Device = None,
@@ -100,6 +102,8 @@ def generate(
         "generation.regex": None if regex is None else json.dumps(regex),
         "generation.max_new_tokens": max_new_tokens,
         "generation.num_samples": num_samples,
+        "generation.beams": beams,
+        "generation.length_penalty": length_penalty,
         "generation.seed": seed,
         "training.device": device,
         "generation.quantize": quantize,
@@ -113,15 +117,21 @@ def generate(
 
     calm_threads()
     from inference.loading import load_for_generation
+    from inference.prompting import check_beams
 
+    explicit = [text.partition("=")[0] for text in [*(overrides or []), *given]]
+    check_beams(config.generation, [key.removeprefix("generation.") for key in explicit])
     loaded = load_for_generation(checkpoint, config)
     model, tokenizer = loaded.model, loaded.tokenizer
     chat = loaded.chat if chat is None else chat
+    from inference.terminal import Printer
+
     if text is not None:
-        _write(config, model, tokenizer, text, chat)
+        from inference.once import write_once
+
+        write_once(config.generation, model, tokenizer, text, chat, SLOTS)
         return
     from inference.interactive import Session, talk
-    from inference.terminal import Printer
 
     printer = Printer(sys.stdout)
     if sys.stdin.isatty():
@@ -143,45 +153,6 @@ def _read_prompt(prompt: str | None, path: Path | None) -> str | None:
         raise UserError(f"The prompt in {path} is not UTF-8 text (byte {error.start:,}).") from error
     except OSError as error:
         raise UserError(f"{path} is not a file that can be read. Give --prompt-file a text file, or -.") from error
-
-
-def _write(config: Config, model: Transformer, tokenizer: Tokenizer, text: str, chat: bool) -> None:
-    """Stream the samples of one prompt to standard output, and what they took to standard error."""
-    from inference.engine import Engine
-    from inference.prompting import chat_prompt, chat_stop_tokens, constraint_of, make_requests, seed_of
-    from inference.terminal import Printer, Samples
-
-    settings, context = config.generation, model.config.context_length
-    stop_tokens: list[int] = []
-    if chat:
-        ids, _ = chat_prompt(tokenizer, [{"role": "user", "content": text}], context, 0)
-        stop_tokens = chat_stop_tokens(tokenizer)
-    else:
-        ids = tokenizer.encode(text)
-    if len(ids) > context:
-        print(
-            f"note: the prompt has {len(ids):,} tokens, the model sees {context:,} at once: the beginning is cut off.",
-            file=sys.stderr,
-        )
-    seed = seed_of(settings)
-    requests = make_requests(settings, ids, seed, stop_tokens, constraint_of(settings, tokenizer))
-    printer = Printer(sys.stdout)
-
-    def begin(sample: int) -> None:
-        if len(requests) > 1:
-            printer.write(f"--- sample {sample + 1}, seed {seed + sample} ---\n")
-        printer.write("" if chat else text)
-
-    engine = Engine(model, tokenizer, min(SLOTS, len(requests)), compiled=settings.compile)
-    samples = Samples(len(requests), printer, begin)
-    started = time.monotonic()
-    samples.show(engine.generate(requests))
-    seconds = time.monotonic() - started
-    print(
-        f"{samples.tokens:,} tokens in {seconds:.1f} s ({samples.tokens / seconds:,.0f} a second), seed {seed}. "
-        "Next: python scripts/generate.py to try more, python scripts/finetune.py --help to teach it.",
-        file=sys.stderr,
-    )
 
 
 def main() -> None:

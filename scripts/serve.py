@@ -79,6 +79,8 @@ def serve(
     """
     given = [f"training.device={device}"] if device else []
     config = resolve(recipe, [*(overrides or []), *given], print_config)
+    if config.generation.beams > 1:
+        raise UserError("generation.beams: the server gives texts as they are drawn. Set it to 1.")
     body_limit, keys = size_of("--max-body", max_body), _keys(api_key_file)
     from inference.server.addresses import address_of, is_loopback, listen
 
