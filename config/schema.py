@@ -187,6 +187,9 @@ class Config(Section):
                 f"training.sequence_length: {length} is longer than the model's context_length, "
                 f"{self.model.context_length}"
             )
+        targets = self.training.adapter.targets
+        if "gate" in targets and self.model.activation != "swiglu":
+            raise ValueError(f"training.adapter.targets: model.activation={self.model.activation} has no gate")
         if length % (self.training.short_sequences.length or 1):
             raise ValueError(
                 f"training.short_sequences.length: {self.training.short_sequences.length} does not divide the "

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from config.section import Fraction, OffIsAWord, PositiveInt, Rate, Section, divisors
 
+AdapterTarget = Literal["query", "key", "value", "output", "gate", "up", "down"]
+
 
 class AdamWConfig(Section):
     """AdamW (Loshchilov and Hutter, 2019): for every parameter, or beside Muon for all that is not a hidden matrix."""
@@ -63,6 +65,17 @@ class EarlyStoppingConfig(Section):
     min_delta: Annotated[float, Field(ge=0.0)]
 
 
+class AdapterConfig(Section):
+    """Small matrices beside frozen ones, trained in place of them; see `training.adapters`."""
+
+    method: Literal["lora", "dora"] | None
+    rank: PositiveInt
+    alpha: Rate
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    targets: Literal["all"] | Annotated[list[AdapterTarget], Field(min_length=1)]
+    quantize: Literal["int8", "int4", "nf4"] | None
+
+
 class WandbConfig(Section):
     """Weights & Biases."""
 
@@ -95,6 +108,7 @@ class TrainingConfig(Section):
     short_sequences: ShortSequencesConfig
     documents: Literal["attend_across", "masked"]
     gradient_checkpointing: Literal["none", "selective", "full"]
+    adapter: AdapterConfig
     optimizer: Literal["adamw", "muon"]
     learning_rate: Literal["auto"] | None
     adamw: AdamWConfig
@@ -129,6 +143,7 @@ class TrainingConfig(Section):
                 "max_steps: set exactly one of max_steps and epochs, and the other one to null, "
                 "such as training.max_steps=null training.epochs=3"
             )
+        self._check_adapter()
         if self.best_metric == "task_accuracy" and self.task_interval is None:
             raise ValueError("best_metric: task_accuracy is measured where task_interval is set, such as to 1000")
         if self.early_stopping.patience is not None and not self.keep_best:
@@ -150,3 +165,18 @@ class TrainingConfig(Section):
                 f"{self.batch_warmup.sequences}; choose from {divisors(self.batch_size)}"
             )
         return self
+
+    def _check_adapter(self) -> None:
+        if self.adapter.method is None:
+            if self.adapter.quantize is not None:
+                raise ValueError(
+                    "adapter.quantize: a quantized model is trained by an adapter alone: set adapter.method"
+                )
+            return
+        if self.optimizer == "muon":
+            # Each of the two thin factors made orthogonal by itself is not an orthogonal step of their product.
+            raise ValueError("optimizer: adapters are trained by adamw")
+        if self.parallelism != "ddp" or self.tensor_parallel > 1:
+            raise ValueError("parallelism: adapters are trained with parallelism=ddp and tensor_parallel=1 alone")
+        if self.fp8:
+            raise ValueError("fp8: adapters are trained with fp8=false alone")

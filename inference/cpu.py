@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from inference.crew import Crew
 from inference.decoding import Memory, Shape, Weights, step
 from inference.kernels import GELU, SQUARED_RELU, SWIGLU
-from inference.quantization import QuantizedLinear
 from model.cache import KVCache
 from model.loss import soft_capped
+from model.quantized import QuantizedLinear
 from model.transformer import Transformer
 
 STORED = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8, torch.uint8: np.uint8}

@@ -20,6 +20,7 @@ from model.loss import linear_cross_entropy, soft_capped
 from model.masks import cached_masks, causal_masks, flex_takes, positions_in
 from model.norms import make_norm
 from model.positions import RotaryTables, Rotation
+from model.quantized import QuantizedLinear
 
 GradientCheckpointing = Literal["none", "selective", "full"]
 
@@ -191,6 +192,8 @@ class Transformer(nn.Module):
         looked_up += 0 if self.head is None else self.config.d_model
         padding = (self.config.padded_vocab_size - self._vocab_size) * (looked_up + self.config.d_model)
         count = sum(parameter.numel() for parameter in self.parameters()) - padding
+        matrices = [module for module in self.blocks.modules() if isinstance(module, QuantizedLinear)]
+        count += sum(matrix.in_features * matrix.out_features for matrix in matrices)
         if non_embedding:
             count -= self._vocab_size * looked_up
             count -= 0 if self.position_embedding is None else self.position_embedding.weight.numel()
@@ -201,11 +204,14 @@ class Transformer(nn.Module):
 
         Counted as in PaLM, appendix B (Chowdhery et al., 2022): 6 for each weight that multiplies, and 12 * d_model *
         length for the attention of each layer, or the window's length where that is less, without credit for the masked
-        half. Recomputation and the rows that pad the vocabulary are not counted: they are not useful work.
+        half. Recomputation and the rows that pad the vocabulary are not counted: they are not useful work. A weight
+        that is frozen has no gradient of its own and counts 4.
         """
         seen = sum(min(length, window or length) for window in self.config.layer_windows)
         attention = 12 * self.config.d_model * seen
-        return 6 * self.num_parameters(non_embedding=True) + attention
+        weights = self.num_parameters(non_embedding=True)
+        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return 4 * weights + 2 * min(trained, weights) + attention
 
 
 def _keep_products(_context: Any, operation: Any, *_arguments: Any, **_keywords: Any) -> CheckpointPolicy:

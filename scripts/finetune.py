@@ -100,16 +100,21 @@ def finetune(
         return
     if job.pairs:
         raise UserError("A chosen and a rejected answer are no text to go on with: the next token cannot be trained.")
+    import os
     from dataclasses import replace
 
     from evaluation.run_report import write_page
+    from training.adapters import describe, is_adapted
     from training.determinism import determinism
+    from training.starting_model import starting_model
     from training.trainer import train
 
     _describe(job)
     evaluate = _evaluator(job)
     with determinism(job.config.training.deterministic):
-        model = _starting_model(job, evaluate)
+        model = starting_model(job, evaluate)
+    if model is not None and is_adapted(model) and not int(os.environ.get("RANK", 0)):
+        print(describe(model, job.config.training.adapter))
     result = train(
         job.config,
         job.source,
@@ -219,22 +224,6 @@ def _asker(job: Finetuning) -> Callable[[Transformer, int, int], float] | None:
         return put(model, rank, world_size, precision.dtype if precision.mixed else None)
 
     return ask
-
-
-def _starting_model(job: Finetuning, evaluate: Callable[[Transformer, int, int], Evaluation]) -> Transformer | None:
-    """The model to start from, its loss noted in `job.about`; None for a run that goes on, whose weights come later."""
-    if job.resume is not None:
-        return None
-    import os
-
-    from model.checkpoint import load_checkpoint, load_weights
-    from model.devices import choose_device
-    from training.setup import new_model
-
-    model = new_model(job.config, choose_device(job.config.training.device, int(os.environ.get("LOCAL_RANK", 0))))
-    load_weights(model, load_checkpoint(job.start), job.start)
-    job.about["loss_before"] = evaluate(model, 0, 1).loss
-    return model
 
 
 def _sampler(job: Finetuning) -> Callable[[Transformer], str]:

@@ -17,10 +17,11 @@ from inference.compiled import CompiledRunner
 from inference.cpu import CPUModel
 from inference.engine import Engine, Request
 from inference.loading import load_for_generation
-from inference.quantization import Quantize, QuantizedLinear, quantize_
+from inference.quantization import Quantize, quantize_
 from inference.runners import BLOCK, Chunk, CPURunner, ModelRunner, make_runner
 from inference.sampling import SamplingSettings
 from model.cache import KVCache
+from model.quantized import Kind, QuantizedLinear
 from model.transformer import Transformer
 from scripts.generate import generate
 from tests.test_engine import KINDS as ENGINE_KINDS
@@ -146,14 +147,14 @@ def test_what_the_kernels_do_not_know_is_run_by_the_model() -> None:
     torch.testing.assert_close(found, expected[[5, 7]])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_weights_on_the_grid_come_back_as_they_were(bits: Any) -> None:
+@pytest.mark.parametrize(("kind", "largest"), [("int8", 127), ("int4", -8)])
+def test_weights_on_the_grid_come_back_as_they_were(kind: Kind, largest: int) -> None:
     generator = torch.Generator().manual_seed(0)
     grid = torch.randint(-7, 8, (70, 64), generator=generator).float()
-    grid[:, ::32], largest = -8 if bits == 4 else 127, 8 if bits == 4 else 127
-    layer = QuantizedLinear(grid * 0.25, None, bits)
+    grid[:, ::32] = largest
+    layer = QuantizedLinear(grid * 0.25, None, kind)
     assert torch.equal(layer.whole(), grid * 0.25)
-    assert layer.numbers.abs().max() <= (largest if bits == 8 else 255)
+    assert kind != "int8" or layer.numbers.abs().max() == 127
 
 
 def test_four_bits_err_less_than_the_largest_weight_would_have_them() -> None:
@@ -161,9 +162,9 @@ def test_four_bits_err_less_than_the_largest_weight_would_have_them() -> None:
     groups = weight.view(64, -1, 32)
     scales = groups.abs().amax(dim=2, keepdim=True) / 7
     plain = ((groups / scales).round() * scales).view_as(weight)
-    found = QuantizedLinear(weight, None, 4).whole()
+    found = QuantizedLinear(weight, None, "int4").whole()
     assert (found - weight).square().mean() < 0.85 * (plain - weight).square().mean()
-    assert (QuantizedLinear(weight, None, 8).whole() - weight).square().mean() < 1e-4
+    assert (QuantizedLinear(weight, None, "int8").whole() - weight).square().mean() < 1e-4
 
 
 def test_a_checkpoint_is_loaded_in_the_type_and_bits_that_are_asked_for(

@@ -30,6 +30,7 @@ from data.data_loader import IGNORED, Batch, DataLoader, SampleSource
 from data.places import places
 from model.transformer import Transformer
 from training import randomness
+from training.adapters import weights_state
 from training.checkpointing import GOES_ON
 from training.console import Console, count, duration
 from training.distributed import Process
@@ -148,7 +149,7 @@ class Loop:
             self.progress.empty_steps += 1
             return
         self.optimizers.set_rate_factor(rate_factor(training.schedule, step, plan.steps))
-        if self.config.model.dropout > 0:
+        if self.config.model.dropout > 0 or training.adapter.dropout > 0:
             randomness.seed_step(training.seed, step, process.data_rank)
 
         passes = len(batch.inputs) // plan.micro_rows_of(len(batch.inputs))
@@ -286,7 +287,7 @@ class Loop:
 
     def _state(self, cursor: int, measured: Measured) -> dict[str, Any]:
         return {
-            "model": self.model.state_dict(),
+            **weights_state(self.model),
             "optimizer": self.optimizers.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "spikes": self.guard.state_dict(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from config.errors import UserError
 from config.files import local
 from config.load import with_vocab_size
 from config.schema import Config
@@ -40,6 +41,8 @@ def open_pretraining(config: Config, checkpoint: Path | None) -> Pretraining:
 
     Raises `UserError` where there are none, or where they do not go with the configuration or the checkpoint.
     """
+    if config.training.adapter.method is not None:
+        raise UserError("training.adapter is for fine-tuning alone. Set training.adapter.method=null.")
     tokens = TokenFiles(local(config.data.tokens_dir, "data.tokens_dir"), "train")
     state = load_checkpoint(checkpoint) if checkpoint is not None else None
     if checkpoint is not None and state is not None:

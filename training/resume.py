@@ -25,6 +25,11 @@ FIXED_TRAINING = (
     "sequence_length",
     "documents",
     "optimizer",
+    "adapter.method",
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.targets",
+    "adapter.quantize",
 )
 FIXED_DATA = ("loader.packing", "finetuning.packing")
 

@@ -18,6 +18,7 @@ from config.training import TrainingConfig
 from model.checkpoint import load_weights
 from model.transformer import Transformer
 from training import randomness
+from training.adapters import is_adapted, load_adapter
 from training.optimizers import Optimizers
 from training.precision import Precision
 from training.spikes import SPIKE, Skipped, SpikeGuard
@@ -87,7 +88,10 @@ def load_state(
     guard: SpikeGuard,
 ) -> Progress:
     """Put the checkpoint `state`, read from `path`, into the parts of a run; returns how far it had come."""
-    load_weights(model, state, path)
+    if is_adapted(model):
+        load_adapter(model, state, path)
+    else:
+        load_weights(model, state, path)
     try:
         optimizers.load_state_dict(state["optimizer"])
     except (KeyError, ValueError) as error:
