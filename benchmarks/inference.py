@@ -65,6 +65,7 @@ def compare(
     calm_threads()
     import torch
 
+    from inference.memory import settle_
     from inference.quantization import quantize_
     from model.transformer import Transformer
 
@@ -74,6 +75,8 @@ def compare(
     for kind in ("int8", "int4"):
         variants[kind] = copy.deepcopy(model)
         quantize_(variants[kind], kind)
+    for variant in variants.values():
+        settle_(variant)
     for count in rows or [1]:
         contenders: dict[str, tuple[Write, int]] = {
             f"Quern, {name}": (ours(variant, count), weight_bytes(variant)) for name, variant in variants.items()

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from inference.crew import Crew
 from inference.decoding import Memory, Shape, Weights, step
-from inference.kernels import GELU, SQUARED_RELU, SWIGLU
+from inference.kernels import GELU, SQUARED_RELU, SWIGLU, Operands
+from inference.products import DIGITS, EXACT_INT8
+from inference.vectors import GROUP
 from model.cache import KVCache
 from model.loss import soft_capped
 from model.quantized import QuantizedLinear
@@ -20,13 +22,12 @@ from model.transformer import Transformer
 
 STORED = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8, torch.uint8: np.uint8}
 _ACTIVATIONS = {"gelu": GELU, "squared_relu": SQUARED_RELU, "swiglu": SWIGLU}
-_ALIGNED = 32  # columns: what the kernels multiply at once
 
 
 class CPUModel:
     """Runs a `Transformer` in float32 or bfloat16, quantized or not, on a few tokens at a time.
 
-    Weights are used where they lie; norms, biases and scalars are copied.
+    Weights are used where they lie, unless a row needs filling; norms, biases and scalars are copied.
     """
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
@@ -49,6 +50,7 @@ class CPUModel:
             config.norm_eps,
         )
         self._weights = self._gather()
+        self._exact = EXACT_INT8 and np.int8 in (self._weights.kind.dtype, self._weights.head_kind.dtype)
         self._memory = self._allocate(1)
 
     @staticmethod
@@ -142,7 +144,8 @@ class CPUModel:
             return 0, 0, 0
         numbers = _numbers(layer)
         if not isinstance(layer, QuantizedLinear):
-            numbers = F.pad(numbers, (0, -numbers.shape[1] % _ALIGNED))
+            if fill := -numbers.shape[1] % GROUP:
+                numbers = F.pad(numbers, (0, fill))
             self._held.append(numbers.contiguous())
             return self._held[-1].data_ptr(), 0, 0
         self._held += [numbers, layer.scales]
@@ -162,17 +165,22 @@ class CPUModel:
         def room(width: int, rows: int = tokens) -> Any:
             return np.zeros((rows, width), np.float32)
 
-        def wide(width: int) -> Any:
-            return room(width + -width % _ALIGNED)
+        exact = self._exact
+
+        def operands(width: int) -> Operands:
+            width += -width % GROUP
+            digits = np.zeros((self._threads, tokens, DIGITS * width) if exact else (0, 0, 0), np.int8)
+            units = np.zeros((self._threads, tokens, 2) if exact else (0, 0, 0))
+            return Operands(room(width), digits, units)
 
         query = shape.heads * shape.head_dim
         return Memory(
             x=room(config.d_model),
             embedding=room(config.d_model if config.residual_scaling else 0),
-            normal=wide(config.d_model),
+            normal=operands(config.d_model),
             qkv=room(query + 2 * shape.kv_heads * shape.head_dim),
-            mixed=wide(query),
-            hidden=wide(shape.d_ff),
+            mixed=operands(query),
+            hidden=operands(shape.d_ff),
             gate=room(shape.d_ff if config.activation == "swiglu" else 0),
             scores=room(self._keys.shape[3], self._threads),
             logits=room(shape.vocab_size),

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.compiled import kernel
 from inference.crew import meet, share
-from inference.kernels import activate, attend, exponential, keep, multiply, normalise, place
+from inference.kernels import Operands, activate, attend, exponential, keep, multiply, normalise, place, prepare
 
 QUERY, KEY, VALUE, OUTPUT, UP, GATE, DOWN = range(7)
 
@@ -59,17 +59,17 @@ class Weights(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a step writes over, float32: a row per token, as wide as `kernels.multiply` wants it.
+    """What a step writes over, float32: a row per token; or operands of `kernels.multiply`.
 
     `x` is the residual stream, to begin with the embedding; `scores` has a row per thread.
     """
 
     x: Any
     embedding: Any
-    normal: Any
+    normal: Operands
     qkv: Any
-    mixed: Any
-    hidden: Any
+    mixed: Operands
+    hidden: Operands
     gate: Any
     scores: Any
     logits: Any
@@ -106,8 +106,9 @@ def step(
                 keeps, adds = weights.residual_scales[layer, 0], weights.residual_scales[layer, 1]
                 for i in range(memory.x.shape[1]):
                     memory.x[t, i] = memory.x[t, i] * keeps + memory.embedding[t, i] * adds
-            normalise(memory.x[t], norms[0, 0], norms[0, 1], shape.rms, shape.eps, memory.normal[t])
+            normalise(memory.x[t], norms[0, 0], norms[0, 1], shape.rms, shape.eps, memory.normal.rows[t])
         meet(thread, threads, counter)
+        prepare(thread, weights.kind, memory.normal, tokens)
         first = 0
         for which in range(3):
             height = (shape.heads if which == 0 else shape.kv_heads) * shape.head_dim
@@ -131,21 +132,25 @@ def step(
         _attend_all(thread, threads, layer, shape, weights, memory, keys, values, rows, positions)
         meet(thread, threads, counter)
         width, bias = memory.x.shape[1], weights.output_bias[layer]
+        prepare(thread, weights.kind, memory.mixed, tokens)
         multiply(thread, threads, weights.kind, matrices[OUTPUT], bias, memory.mixed, tokens, memory.x, 0, width, True)
         meet(thread, threads, counter)
         for t in range(begin, end):
-            normalise(memory.x[t], norms[1, 0], norms[1, 1], shape.rms, shape.eps, memory.normal[t])
+            normalise(memory.x[t], norms[1, 0], norms[1, 1], shape.rms, shape.eps, memory.normal.rows[t])
         meet(thread, threads, counter)
+        prepare(thread, weights.kind, memory.normal, tokens)
         _widen(thread, threads, layer, tokens, shape, weights, memory)
         meet(thread, threads, counter)
         bias = weights.down_bias[layer]
+        prepare(thread, weights.kind, memory.hidden, tokens)
         multiply(thread, threads, weights.kind, matrices[DOWN], bias, memory.hidden, tokens, memory.x, 0, width, True)
         meet(thread, threads, counter)
     begin, end = share(len(wanted), thread, threads)
     for i in range(begin, end):
         scale, bias = weights.final_norm[0], weights.final_norm[1]
-        normalise(memory.x[wanted[i]], scale, bias, shape.rms, shape.eps, memory.normal[i])
+        normalise(memory.x[wanted[i]], scale, bias, shape.rms, shape.eps, memory.normal.rows[i])
     meet(thread, threads, counter)
+    prepare(thread, weights.head_kind, memory.normal, len(wanted))
     multiply(
         thread,
         threads,
@@ -192,7 +197,7 @@ def _place_all(
         if table >= 0:
             opening: Any = np.float32(0.0)
             for i in range(weights.value_gates.shape[2]):
-                opening += weights.value_gates[table, head, i] * memory.normal[t, i]
+                opening += weights.value_gates[table, head, i] * memory.normal.rows[t, i]
             opening = np.float32(2.0) / (np.float32(1.0) + exponential(-opening))
             for i in range(width):
                 value[i] += opening * value_rows[table, t, head * width + i]
@@ -227,7 +232,7 @@ def _attend_all(
             max(0, after - window) if window else 0,
             after,
             memory.scores[thread],
-            memory.mixed[t, head * width : (head + 1) * width],
+            memory.mixed.rows[t, head * width : (head + 1) * width],
         )
 
 
@@ -249,12 +254,13 @@ def _widen(thread: int, threads: int, layer: int, tokens: int, shape: Shape, wei
         up_bias[:rows],
         memory.normal,
         tokens,
-        memory.hidden,
+        memory.hidden.rows,
         0,
         rows,
         False,
     )
-    begin, end = share((rows + 3) // 4, thread, threads)
+    begin, end = share(rows, thread, threads)
     for t in range(tokens):
-        gate = memory.gate[t] if gated else memory.hidden[t]
-        activate(memory.hidden[t], gate, 4 * begin, min(4 * end, rows), shape.activation)
+        activate(
+            memory.hidden.rows[t], memory.gate[t] if gated else memory.hidden.rows[t], begin, end, shape.activation
+        )

@@ -10,6 +10,7 @@ import torch
 
 from config.schema import Config
 from data.tokenization.matching import matching_tokenizer
+from inference.memory import settle_
 from inference.quantization import quantize_
 from model.checkpoint import CheckpointInfo, load_model
 from model.checkpoint_folder import resolve_checkpoint
@@ -49,6 +50,7 @@ def load_for_generation(checkpoint: str, config: Config) -> Loaded:
         precision = "fp32" if device.type == "cpu" else automatic_precision(device)
     model, info = load_model(path, device, DTYPES[precision])
     quantize_(model, config.generation.quantize)
+    settle_(model)
     if device.type == "cpu" and model.num_parameters() < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
     places = [config.data.tokenizer_dir, info.config["data"]["tokenizer_dir"]]

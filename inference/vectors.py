@@ -1,7 +1,7 @@
 """Vectors of 16 float32 numbers for kernels in numba, which has none: loads that widen the stored type, and sums.
 
 A sum of products here has one order, fixed by the code: that of a kernel which computes one row and of another which
-computes four at once is the same, to the last bit. LLVM splits a vector where a processor's registers are narrower.
+computes several at once is the same, to the last bit. LLVM splits a vector where a processor's registers are narrower.
 
 Memory is named by its address, so that one compiled kernel takes any number of matrices.
 """
@@ -44,8 +44,27 @@ def intrinsic(typed: Callable[..., Any]) -> Any:
     return extending.intrinsic(typed)
 
 
-def _function(builder: Any, kind: Any, name: str) -> Any:
-    return cast(Any, cgutils).get_or_insert_function(builder.module, kind, name)
+def call(builder: Any, name: str, returned: Any, arguments: Any) -> Any:
+    """Call an instruction that LLVM knows by name."""
+    kind = ir.FunctionType(returned, [argument.type for argument in arguments])
+    return builder.call(cast(Any, cgutils).get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def repeated(builder: Any, value: Any, count: int) -> Any:
+    """A vector of a number."""
+    zero = ir.Constant(ir.IntType(32), 0)
+    first = builder.insert_element(ir.Constant(ir.VectorType(value.type, count), ir.Undefined), value, zero)
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), count), [0] * count))
+
+
+def halved(builder: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """One number of a vector: its halves are combined, and theirs, and so on."""
+    width = value.type.count
+    while width > 1:
+        width //= 2
+        halves = [ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(n, n + width))) for n in (0, width)]
+        value = combine(*(builder.shuffle_vector(value, value, half) for half in halves))
+    return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
 
 def _splat(value: int) -> ir.Constant:
@@ -65,108 +84,81 @@ def _bfloat16(builder: Any, bits: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(bits, _INTEGERS), _splat(16)), _FLOATS)
 
 
-def _loader(half: int) -> Callable[..., Any]:
-    def typed(context: Any, kind: Any, weight: Any, scale: Any, index: Any) -> Any:
-        def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _, weight, scale, index = arguments
-            stored = signature.args[0].dtype
-            if stored == types.uint8:
-                return _scaled_nibbles(builder, weight, scale, index, half)
-            index = builder.add(index, ir.Constant(index.type, half * LANES))
-            if stored == types.float32:
-                return _read(builder, weight, index, 4, ir.FloatType(), LANES)
-            if stored == types.uint16:
-                return _bfloat16(builder, _read(builder, weight, index, 2, ir.IntType(16), LANES))
-            bytes_ = _read(builder, weight, index, 1, ir.IntType(8), LANES)
-            return builder.sitofp(builder.sext(bytes_, _INTEGERS), _FLOATS)
+def _scaled_nibbles(builder: Any, weight: Any, scale: Any, index: Any) -> Any:
+    """The half of a group that begins at `index`, in the lower or the upper bits of 16 bytes; less 8, scaled."""
 
-        return vector(kind, types.intp, types.intp, types.intp), generate
+    def constant(value: int) -> Any:
+        return ir.Constant(index.type, value)
 
-    return typed
-
-
-def _scaled_nibbles(builder: Any, weight: Any, scale: Any, index: Any, half: int) -> Any:
-    """The lower or upper four bits of the 16 bytes of the group that begins at element `index`, less 8, scaled."""
-    group = builder.udiv(index, ir.Constant(index.type, GROUP))
-    bits = builder.zext(
-        _read(builder, weight, builder.mul(group, ir.Constant(index.type, LANES)), 1, ir.IntType(8), LANES), _INTEGERS
+    group, half = builder.udiv(index, constant(GROUP)), builder.and_(builder.udiv(index, constant(LANES)), constant(1))
+    pairs = builder.zext(
+        _read(builder, weight, builder.mul(group, constant(LANES)), 1, ir.IntType(8), LANES), _INTEGERS
     )
-    bits = builder.lshr(bits, _splat(4)) if half else builder.and_(bits, _splat(15))
+    shift = builder.trunc(builder.mul(half, constant(4)), ir.IntType(32))
+    bits = builder.and_(builder.lshr(pairs, repeated(builder, shift, LANES)), _splat(15))
     # A float32 from 2**23 on has its integer in its lowest bits, so this is cheaper than a conversion.
     value = builder.bitcast(builder.or_(bits, _splat(0x4B000000)), _FLOATS)
     value = builder.fsub(value, ir.Constant(_FLOATS, [2.0**23 + 8] * LANES))
-    zero = ir.Constant(ir.IntType(32), 0)
-    factor = builder.extract_element(_read(builder, scale, group, 2, ir.IntType(16), 1), zero)
-    first = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), _widened(builder, factor), zero)
-    return builder.fmul(value, builder.shuffle_vector(first, first, _splat(0)))
+    factor = builder.extract_element(_read(builder, scale, group, 2, ir.IntType(16), 1), ir.Constant(ir.IntType(32), 0))
+    return builder.fmul(value, repeated(builder, _widened(builder, factor), LANES))
 
 
-@intrinsic
-def lower(context: Any, kind: Any, weight: Any, scale: Any, index: Any) -> Any:
-    """Elements `index` to `index + 15` of the matrix at `weight`, which stores numbers as the array `kind` does.
+def read_numbers(builder: Any, stored: Any, matrix: Any, scale: Any, index: Any) -> Any:
+    """Elements `index` to `index + 15` of the matrix at `matrix`, which stores numbers of the type `stored`.
 
     float32; uint16, the bits of bfloat16; int8; or uint8, two numbers of four bits each, less 8 and times the bfloat16
     at `scale` of their group, whose 16 bytes hold its first half in their lower bits and its second in their upper.
+    `index` is a multiple of 16 there.
     """
-    return _loader(0)(context, kind, weight, scale, index)
+    if stored == types.uint8:
+        return _scaled_nibbles(builder, matrix, scale, index)
+    if stored == types.float32:
+        return _read(builder, matrix, index, 4, ir.FloatType(), LANES)
+    if stored == types.uint16:
+        return _bfloat16(builder, _read(builder, matrix, index, 2, ir.IntType(16), LANES))
+    bytes_ = _read(builder, matrix, index, 1, ir.IntType(8), LANES)
+    return builder.sitofp(builder.sext(bytes_, _INTEGERS), _FLOATS)
 
 
 @intrinsic
-def upper(context: Any, kind: Any, weight: Any, scale: Any, index: Any) -> Any:
-    """Elements `index + 16` to `index + 31`; as `lower`."""
-    return _loader(1)(context, kind, weight, scale, index)
-
-
-@intrinsic
-def zeros(context: Any) -> Any:
-    """The vector 0."""
+def numbers(context: Any, kind: Any, address: Any, index: Any) -> Any:
+    """Elements `index` to `index + 15` of what is at `address`, stored as in the array `kind`; see `read_numbers`."""
 
     def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return ir.Constant(_FLOATS, [0.0] * LANES)
+        _, address, index = arguments
+        return read_numbers(builder, signature.args[0].dtype, address, address, index)
 
-    return vector(), generate
-
-
-@intrinsic
-def multiply_add(context: Any, a: Any, b: Any, c: Any) -> Any:
-    """`a * b + c`, in one instruction where the processor has it."""
-
-    def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-        return builder.call(_function(builder, kind, f"llvm.fmuladd.v{LANES}f32"), arguments)
-
-    return vector(vector, vector, vector), generate
-
-
-@intrinsic
-def total(context: Any, value: Any) -> Any:
-    """The sum of a vector, by halves."""
-
-    def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (value,), width = arguments, LANES
-        while width > 1:
-            width //= 2
-            halves = [ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(n, n + width))) for n in (0, width)]
-            low, high = (builder.shuffle_vector(value, value, half) for half in halves)
-            value = builder.fadd(low, high)
-        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
-
-    return types.float32(vector), generate
+    return vector(kind, types.intp, types.intp), generate
 
 
 @intrinsic
 def number(context: Any, kind: Any, address: Any, index: Any) -> Any:
-    """Element `index` of the memory at `address`, which stores float32 or the bits of bfloat16 as the array `kind`."""
+    """Element `index` of the memory at `address`, stored as in the array `kind`: a float, or the bits of bfloat16."""
 
     def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, address, index = arguments
-        zero = ir.Constant(ir.IntType(32), 0)
-        if signature.args[0].dtype == types.float32:
-            return builder.extract_element(_read(builder, address, index, 4, ir.FloatType(), 1), zero)
-        bits = builder.extract_element(_read(builder, address, index, 2, ir.IntType(16), 1), zero)
-        return _widened(builder, bits)
+        zero, stored = ir.Constant(ir.IntType(32), 0), signature.args[0].dtype
+        if stored == types.uint16:
+            return _widened(
+                builder, builder.extract_element(_read(builder, address, index, 2, ir.IntType(16), 1), zero)
+            )
+        element = ir.FloatType() if stored == types.float32 else ir.DoubleType()
+        return builder.extract_element(_read(builder, address, index, stored.bitwidth // 8, element, 1), zero)
 
-    return types.float32(kind, types.intp, types.intp), generate
+    return (types.float64 if kind.dtype == types.float64 else types.float32)(kind, types.intp, types.intp), generate
+
+
+@intrinsic
+def put(context: Any, address: Any, index: Any, value: Any) -> Any:
+    """Write element `index` of the float32 numbers at `address`."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, index, value = arguments
+        start = builder.add(address, builder.mul(index, ir.Constant(index.type, 4)))
+        builder.store(value, builder.inttoptr(start, ir.FloatType().as_pointer())).align = 4
+        return target.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.float32), generate
 
 
 def _widened(builder: Any, bits: Any) -> Any:
@@ -212,28 +204,6 @@ def power_of_two(context: Any, exponent: Any) -> Any:
         return builder.bitcast(bits, ir.FloatType())
 
     return types.float32(types.int32), generate
-
-
-@intrinsic
-def prefetch(context: Any, kind: Any, weight: Any, index: Any) -> Any:
-    """Ask for four times 32 elements from element `index` of the matrix at `weight` on, which may lie past its end."""
-
-    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, weight, index = arguments
-        stored = signature.args[0].dtype
-        bits = 4 if stored == types.uint8 else stored.bitwidth
-        start = builder.add(
-            weight, builder.udiv(builder.mul(index, ir.Constant(index.type, bits)), ir.Constant(index.type, 8))
-        )
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        ask = _function(builder, function, "llvm.prefetch.p0")
-        for line in range(0, 4 * GROUP * bits // 8, 64):
-            address = builder.inttoptr(builder.add(start, ir.Constant(start.type, line)), byte)
-            builder.call(ask, [address, *(ir.Constant(word, flag) for flag in (0, 2, 1))])
-        return target.get_dummy_value()
-
-    return types.void(kind, types.intp, types.intp), generate
 
 
 @intrinsic

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,9 @@ from config.load import load_config, with_vocab_size
 from inference.compiled import CompiledRunner
 from inference.cpu import CPUModel
 from inference.engine import Engine, Request
+from inference.kernels import Operands, multiply, prepare
 from inference.loading import load_for_generation
+from inference.memory import settle_
 from inference.quantization import Quantize, quantize_
 from inference.runners import BLOCK, Chunk, CPURunner, ModelRunner, make_runner
 from inference.sampling import SamplingSettings
@@ -78,6 +81,50 @@ def test_bfloat16_weights_are_read_as_they_are(kind: str) -> None:
     found = run_all(model, TOKENS, 5, 6)
     assert (found - expected).abs().mean() < 0.02 * expected.std()
     assert (found - expected).abs().mean() < (model(TOKENS[None])[0] - expected).abs().mean()
+
+
+def test_eight_bits_are_multiplied_as_precisely_as_float32_rounds() -> None:
+    """Also where one element of a vector is a hundred times the others; one digit less would err 256 times as much."""
+    random, width = np.random.default_rng(0), 768
+    matrix = random.integers(-127, 128, (9, width), np.int8)
+    x = random.standard_normal((3, width), np.float32)
+    x[1:, 5] = 100, -100
+    operands = Operands(x, np.zeros((1, 3, 3 * width), np.int8), np.zeros((1, 3, 2)))
+    scales, found, kind = np.ones(9, np.float32), np.zeros((3, 9), np.float32), np.empty(0, np.int8)
+    prepare(0, kind, operands, 3)
+    addresses = np.array([matrix.ctypes.data, scales.ctypes.data, 0])
+    multiply(0, 1, kind, addresses, np.empty(0, np.float32), operands, 3, found, 0, 9, False)
+    error = np.abs(found - x.astype(np.float64) @ matrix.T.astype(np.float64)).max(axis=1)
+    # Rounding `width` elements by up to half a unit each, times weights of that spread, gives 600 units or so.
+    assert (error < 4000 * np.abs(x).max(axis=1) / 2**23).all()
+
+
+@torch.inference_mode()
+def test_what_is_no_number_stays_none() -> None:
+    model = make_model("rope, grouped queries", "int8")
+    final_norm: Any = model.final_norm
+    for bad in (torch.nan, torch.inf):
+        final_norm.weight[3] = bad
+        assert not run_all(model, TOKENS[:5], 4).isfinite().any()
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no large pages to be had")
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@torch.inference_mode()
+def test_weights_that_are_settled_lie_together_and_are_the_same(quantize: Quantize) -> None:
+    wide = [*SMALL, *LIVELY, "model.d_model=512", "model.n_layers=2", "model.tie_embeddings=true"]
+    model = Transformer(with_vocab_size(load_config([], wide), VOCABULARY).model).eval()
+    quantize_(model, quantize)
+    expected, tensors = model(TOKENS[None]), [*model.parameters(), *model.buffers()]
+    settle_(model)
+    assert torch.equal(model(TOKENS[None]), expected) and torch.equal(copy.deepcopy(model)(TOKENS[None]), expected)
+    begin = min(tensor.data_ptr() for tensor in tensors)
+    assert begin % 2**21 == 0
+    assert max(tensor.data_ptr() + tensor.nbytes for tensor in tensors) - begin < sum(t.nbytes + 64 for t in tensors)
+    areas = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    starts = [int(area.splitlines()[1 if place else 0].split("-")[0], 16) for place, area in enumerate(areas[:-1])]
+    flags = {start: area.split("\n", 1)[0].split() for start, area in zip(starts, areas[1:])}
+    assert "hg" in flags[max(start for start in starts if start <= begin)]
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
