@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from inference.crew import Crew
 from inference.decoding import Memory, Shape, Weights, step
-from inference.kernels import GELU, SQUARED_RELU, SWIGLU, Operands
+from inference.kernels import GELU, SQUARED_RELU, SWIGLU
+from inference.multiplication import Operands
 from inference.products import DIGITS, EXACT_INT8
 from inference.vectors import GROUP
 from model.cache import KVCache
@@ -72,17 +73,16 @@ class CPUModel:
         Returns the float32 logits `(len(wanted), vocab_size)` after the tokens `wanted`; the next call overwrites them.
         """
         model, count = self._model, len(tokens)
+        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
+            raise IndexError(f"one of {min(tokens)} to {max(tokens)} is not in a vocabulary of {self._vocab_size}")
         if count > len(self._memory.x):
             self._memory = self._allocate(1 << (count - 1).bit_length())
-        memory, ids, places = self._memory, torch.tensor(tokens), np.array(positions, np.int64)
-        embedding = F.embedding(ids, model.token_embedding.weight).float()
-        if model.position_embedding is not None:
-            embedding += model.position_embedding.weight[torch.from_numpy(places)]
-        memory.x[:count] = embedding.numpy()
-        if self._weights.residual_scales.size:
-            memory.embedding[:count] = memory.x[:count]
-        tables = [F.embedding(ids, cast(Tensor, table.weight)).float() for table in model.value_embeddings.values()]
-        value_rows = torch.stack(tables) if tables else torch.empty(0, count, 0)
+        memory, tables = self._memory, model.value_embeddings.values()
+        if tables:
+            ids = torch.tensor(tokens)
+            value_rows = torch.stack([F.embedding(ids, cast(Tensor, table.weight)).float() for table in tables]).numpy()
+        else:
+            value_rows = np.empty((0, count, 0), np.float32)
         self._crew.run(
             step,
             self._shape,
@@ -90,9 +90,10 @@ class CPUModel:
             memory,
             self._keys,
             self._values,
+            np.array(tokens, np.int64),
             np.array(rows, np.int64),
-            places,
-            value_rows.numpy(),
+            np.array(positions, np.int64),
+            value_rows,
             np.array(wanted, np.int64),
         )
         logits = torch.from_numpy(memory.logits[: len(wanted)])
@@ -115,7 +116,10 @@ class CPUModel:
         biased = [self._biases(block) for block in layers]
         rotary = model.rotary
         turning = (torch.empty(config.context_length, 0),) * 2 if rotary is None else (rotary.cos, rotary.sin)
+        table, places = model.token_embedding.weight, model.position_embedding
         return Weights(
+            token_table=_array(table.detach()),
+            position_table=_array(table.detach()[:0] if places is None else places.weight.detach()),
             kind=np.empty(0, STORED[kinds.pop()]),
             head_kind=np.empty(0, STORED[_numbers(head).dtype]),
             matrices=np.array([[self._matrix(layer) for layer in block] for block in layers], np.int64),
@@ -139,7 +143,7 @@ class CPUModel:
         )
 
     def _matrix(self, layer: nn.Module | None) -> tuple[int, int, int]:
-        """Addresses of the numbers and scales of a layer, as `kernels.multiply` takes them."""
+        """Addresses of the numbers and scales of a layer, as `multiplication.multiply` takes them."""
         if layer is None:
             return 0, 0, 0
         numbers = _numbers(layer)

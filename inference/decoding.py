@@ -11,7 +11,9 @@ import numpy as np
 
 from data.compiled import kernel
 from inference.crew import meet, share
-from inference.kernels import Operands, activate, attend, exponential, keep, multiply, normalise, place, prepare
+from inference.kernels import activate, attend, exponential, keep, normalise, place
+from inference.multiplication import Operands, multiply, prepare
+from inference.vectors import widened
 
 QUERY, KEY, VALUE, OUTPUT, UP, GATE, DOWN = range(7)
 
@@ -33,13 +35,16 @@ class Shape(NamedTuple):
 class Weights(NamedTuple):
     """What a model has learned, by layer. Arrays are float32 and empty where the model has no such thing.
 
-    `matrices` `(layers, 7, 3)` and `head` `(3,)` are addresses as `kernels.multiply` takes them, of types `kind` and
-    `head_kind`. `norms` `(layers, 2, 2, d_model)` are scale and bias, before attention and before the feed-forward
+    `token_table` and `position_table`, which may be empty, hold embeddings as float32 or the bits of bfloat16.
+    `matrices` `(layers, 7, 3)` and `head` `(3,)` are addresses as `multiplication.multiply` takes them, of types `kind`
+    and `head_kind`. `norms` `(layers, 2, 2, d_model)` are scale and bias, before attention and before the feed-forward
     layer.
     `windows` `(layers,)` int64: 0 is the whole context. `value_table` `(layers,)` int64: which of the tables of value
     embeddings a layer has, or -1.
     """
 
+    token_table: Any
+    position_table: Any
     kind: Any
     head_kind: Any
     matrices: Any
@@ -59,9 +64,9 @@ class Weights(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a step writes over, float32: a row per token; or operands of `kernels.multiply`.
+    """What a step writes over, float32: a row per token; or operands of `multiplication.multiply`.
 
-    `x` is the residual stream, to begin with the embedding; `scores` has a row per thread.
+    `x` is the residual stream; `scores` has a row per thread.
     """
 
     x: Any
@@ -85,22 +90,28 @@ def step(
     memory: Memory,
     keys: Any,
     values: Any,
+    ids: Any,
     rows: Any,
     positions: Any,
     value_rows: Any,
     wanted: Any,
 ) -> None:
-    """Run the tokens whose embeddings are in `memory.x` through all layers; all threads of a `Crew` call it.
+    """Run tokens through all layers; all threads of a `Crew` call it.
 
-    Token t is at position `positions[t]` of row `rows[t]` of the cache `keys` and `values` `(layers, rows, kv_heads,
-    length, head_dim)`, float32 or the bits of bfloat16. What it sees are the positions up to its own in that row, of
-    which those of this step's tokens are written here. `value_rows` `(tables, tokens, kv_heads * head_dim)` are the
-    tokens' value embeddings. The logits after token `wanted[i]` go to `memory.logits[i]`.
+    Token t is number `ids[t]` of the vocabulary, at position `positions[t]` of row `rows[t]` of the cache `keys` and
+    `values` `(layers, rows, kv_heads, length, head_dim)`, float32 or the bits of bfloat16. What it sees are the
+    positions up to its own in that row, of which those of this step's tokens are written here. `value_rows` `(tables,
+    tokens, kv_heads * head_dim)` are the tokens' value embeddings. The logits after token `wanted[i]` go to
+    `memory.logits[i]`.
     """
     tokens, none = len(rows), weights.final_norm[0, :0]
+    begin, end = share(tokens, thread, threads)
+    for t in range(begin, end):
+        _embed(ids[t], positions[t], weights, memory.x[t])
+        if weights.residual_scales.size:
+            memory.embedding[t] = memory.x[t]
     for layer in range(len(weights.matrices)):
         matrices, norms = weights.matrices[layer], weights.norms[layer]
-        begin, end = share(tokens, thread, threads)
         for t in range(begin, end):
             if weights.residual_scales.size:
                 keeps, adds = weights.residual_scales[layer, 0], weights.residual_scales[layer, 1]
@@ -164,6 +175,15 @@ def step(
         shape.vocab_size,
         False,
     )
+
+
+@kernel
+def _embed(token: int, position: int, weights: Weights, out: Any) -> None:
+    for i in range(len(out)):
+        out[i] = widened(weights.token_table[token, i])
+    if weights.position_table.size:
+        for i in range(len(out)):
+            out[i] += widened(weights.position_table[position, i])
 
 
 @kernel

@@ -106,9 +106,16 @@ def choose(
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
     if settings.all_greedy:
-        return logits.argmax(dim=-1)
+        return likeliest(logits)
     chosen = draw(filter_logits(logits, settings), uniform(seeds, drawn))
-    return torch.where(settings.greedy, logits.argmax(dim=-1), chosen) if settings.any_greedy else chosen
+    return torch.where(settings.greedy, likeliest(logits), chosen) if settings.any_greedy else chosen
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The place of the largest of each row's `(batch, vocab)` logits, the first of equal ones: `(batch,)` int64."""
+    if logits.device.type == "cpu":  # NumPy compares vectors there, PyTorch one number after another
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
 
 
 def adjust_logits(

@@ -17,9 +17,9 @@ from config.load import load_config, with_vocab_size
 from inference.compiled import CompiledRunner
 from inference.cpu import CPUModel
 from inference.engine import Engine, Request
-from inference.kernels import Operands, multiply, prepare
 from inference.loading import load_for_generation
 from inference.memory import settle_
+from inference.multiplication import Operands, multiply, prepare
 from inference.quantization import Quantize, quantize_
 from inference.runners import BLOCK, Chunk, CPURunner, ModelRunner, make_runner
 from inference.sampling import SamplingSettings
