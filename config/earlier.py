@@ -35,6 +35,7 @@ BEFORE: dict[str, Any] = {
         },
         "finetuning": {
             "packing": False,
+            "before_after": 0,
         },
     },
     "generation": {

@@ -88,6 +88,7 @@ class FinetuningConfig(Section):
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
     packing: bool
     too_long: Literal["refuse", "truncate", "drop"]
+    before_after: Annotated[int, Field(ge=0)]
 
 
 class SlurmConfig(Section):

@@ -17,6 +17,7 @@ from config.errors import UserError
 from config.files import write_text
 from config.load import load_config
 from config.pages import render
+from evaluation.before_after import BEFORE_AFTER, summary
 
 REPORT = "report.html"
 _MOST_SAMPLES = 6
@@ -34,6 +35,7 @@ class RunFiles:
     samples: list[dict[str, Any]]
     evaluation: dict[str, Any]
     tasks: dict[str, Any]
+    answers: dict[str, Any]
     environment: list[dict[str, Any]]
 
     @property
@@ -58,6 +60,7 @@ def read_run(directory: Path) -> RunFiles:
         samples=_json_lines(directory / "samples.jsonl"),
         evaluation=_json(directory / "evaluation.json", {}),
         tasks=_json(directory / "tasks.json", {}),
+        answers=_json(directory / BEFORE_AFTER, {}),
         environment=_json(directory / "environment.json", []),
     )
 
@@ -106,6 +109,7 @@ def write_report(run: RunFiles) -> Path:
             for name, one in run.tasks.items()
             for metric, found in one["metrics"].items()
         ],
+        answers={**run.answers, "summary": summary(run.answers["cases"])} if run.answers else None,
         samples=_spread(run.samples, _MOST_SAMPLES),
         changes=_changes(run.config, run.recipe or load_config().model_dump()),
         changed_from="its recipe" if run.recipe else "the defaults that ship",

@@ -229,24 +229,51 @@ def _asker(job: Finetuning) -> Callable[[Transformer, int, int], float] | None:
 def _sampler(job: Finetuning) -> Callable[[Transformer], str]:
     """What the model answers to a held-out example, always the same one, with the likeliest token every time."""
     from data.examples.encoding import split_answer
-    from inference.engine import Engine, Request
-    from inference.sampling import SamplingSettings
+    from inference.answers import greedy_answers
 
     prompt, answer = split_answer(job.validation.encoded(0))
-    room = job.config.model.context_length - len(prompt)
-    request = Request(
-        prompt=prompt.tolist(),
-        max_new_tokens=max(1, min(job.config.generation.max_new_tokens, room)),
-        sampling=SamplingSettings(temperature=0.0),
-        stop_tokens=(int(answer[-1]),),
-    )
+    question = prompt.tolist(), int(answer[-1])
     asked = job.tokenizer.decode(prompt, skip_special_tokens=True)
 
     def sample(model: Transformer) -> str:
         model.eval()
-        return f"{asked} => " + "".join(piece.text for piece in Engine(model, job.tokenizer).generate([request]))
+        ((text, _),) = greedy_answers(model, job.tokenizer, [question], job.config.generation.max_new_tokens)
+        return f"{asked} => {text}"
 
     return sample
+
+
+def _answer(job: Finetuning, directory: Path, tuned: Path) -> bool:
+    """Let the checkpoint it began with and the `tuned` one answer held-out prompts, for the page of the run."""
+    from config.errors import UserError
+    from evaluation.answering import write_before_after
+    from evaluation.before_after import spread
+    from evaluation.run_report import write_page
+    from inference.answers import greedy_answers
+    from model.devices import choose_device
+    from training.precision import Precision
+
+    most = job.config.data.finetuning.before_after
+    if not most:
+        return False
+    device = choose_device(job.config.training.device)
+    precision = Precision(job.config.training.precision, device)
+    try:
+        write_before_after(
+            directory,
+            (job.start, tuned),
+            job.validation,
+            spread(len(job.validation), most),
+            job.tokenizer,
+            lambda model, asked: greedy_answers(model, job.tokenizer, asked, job.config.generation.max_new_tokens),
+            device,
+            precision.dtype if precision.mixed else None,
+        )
+    except UserError as error:
+        print(f"No prompts were answered for the page of the run: {error}")
+        return False
+    write_page(directory)
+    return True
 
 
 def _report(job: Finetuning, result: TrainResult) -> None:
@@ -266,7 +293,11 @@ def _report(job: Finetuning, result: TrainResult) -> None:
         f"(perplexity {math.exp(before):.2f} before, {math.exp(loss):.2f} after)."
     )
     best, prompt = told_best(result), _prompt(job.probe)
-    print(f"Wrote {result.checkpoint} and {result.run_dir}/ (metrics.jsonl, curves.png).")
+    answered = best is not None and _answer(job, result.run_dir, best)
+    print(
+        f"Wrote {result.checkpoint} and {result.run_dir}/report.html"
+        + (", with held-out prompts answered before and after." if answered else ".")
+    )
     print(f"Next: python scripts/generate.py --checkpoint {shlex.quote(str(best))}{prompt}")
 
 
