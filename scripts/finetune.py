@@ -87,6 +87,7 @@ def finetune(
     calm_threads()
     from config.load import to_yaml
     from training.finetuning import Asked, open_finetuning, starting_config
+    from training.introduction import describe, show_examples
 
     settings = with_determinism(overrides, deterministic)
     asked = Asked(dataset, validation, checkpoint, resume, [recipe] if recipe else [], settings, columns or [])
@@ -96,7 +97,7 @@ def finetune(
     with progress() as bar:
         job = open_finetuning(asked, lambda examples, what: bar.track(examples, description=what))
     if preview:
-        _show(job, preview)
+        show_examples(job, preview)
         return
     if job.pairs:
         raise UserError("A chosen and a rejected answer are no text to go on with: the next token cannot be trained.")
@@ -109,7 +110,7 @@ def finetune(
     from training.starting_model import starting_model
     from training.trainer import train
 
-    _describe(job)
+    describe(job)
     evaluate = _evaluator(job)
     with determinism(job.config.training.deterministic):
         model = starting_model(job, evaluate)
@@ -134,57 +135,6 @@ def finetune(
         _report(job, result)
     if result.stopped_by:
         raise typer.Exit(128 + result.stopped_by)
-
-
-def _show(job: Finetuning, number: int) -> None:
-    """The first examples, as the model will see them."""
-    from rich.console import Console
-
-    from data.examples.preview import CLOSING, OPENING, render, render_pair
-
-    console = Console(highlight=False)
-    for index in range(min(number, job.pairs.pairs if job.pairs else len(job.train))):
-        console.rule(f"example {index + 1}", style="dim")
-        if job.pairs:
-            console.print(render_pair(job.tokenizer, *job.pairs.pair(index)))
-        else:
-            console.print(render(job.tokenizer, job.train.encoded(index)))
-    console.rule(style="dim")
-    print(_size(job))
-    print(
-        f"Trained is what stands in {OPENING}brackets{CLOSING}. Nothing was written. Next: the same without --preview."
-    )
-
-
-def _size(job: Finetuning) -> str:
-    """The set in one line."""
-    train, held = job.train, job.validation
-    sides, examples = (2, "pairs") if job.pairs else (1, "examples")
-    packed = sides * len(job.source)
-    return (
-        f"{len(train) // sides:,} {examples} to train on, {len(held) // sides:,} held out; {train.trained_tokens:,} of "
-        f"{train.tokens:,} tokens are trained; the longest {examples[:-1]} fills {train.length:,} of "
-        f"{job.about['context_length']:,} tokens."
-        + (f" They are packed into {packed:,} sequences." if packed < len(train) else "")
-    )
-
-
-def _describe(job: Finetuning) -> None:
-    """What will be trained, and what became of examples that were too long, so that nothing is cut in silence."""
-    import os
-
-    if int(os.environ.get("RANK", 0)):
-        return
-    print(f"{'Going on from' if job.resume else 'Starting from'} {job.newest}.")
-    print(_size(job))
-    for encoded in job.encoded:
-        if encoded.too_long:
-            left_out = f", {len(encoded.dropped):,} left out" if encoded.dropped else ""
-            turns = f", {encoded.untrained_turns:,} early answers with it" if encoded.untrained_turns else ""
-            print(
-                f"{encoded.too_long:,} examples were longer than the context: {encoded.shortened:,} shortened{turns}"
-                f"{left_out}{' (first: ' + encoded.dropped[0] + ')' if left_out else ''}."
-            )
 
 
 def _evaluator(job: Finetuning) -> Callable[[Transformer, int, int], Evaluation]:
