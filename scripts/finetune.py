@@ -87,7 +87,7 @@ def finetune(
     calm_threads()
     from config.load import to_yaml
     from training.finetuning import Asked, open_finetuning, starting_config
-    from training.introduction import describe, show_examples
+    from training.introduction import introduce, show_examples
 
     settings = with_determinism(overrides, deterministic)
     asked = Asked(dataset, validation, checkpoint, resume, [recipe] if recipe else [], settings, columns or [])
@@ -110,7 +110,7 @@ def finetune(
     from training.starting_model import starting_model
     from training.trainer import train
 
-    describe(job)
+    introduce(job)
     evaluate = _evaluator(job)
     with determinism(job.config.training.deterministic):
         model = starting_model(job, evaluate)

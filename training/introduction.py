@@ -38,7 +38,7 @@ def _size(job: Finetuning) -> str:
     )
 
 
-def describe(job: Finetuning) -> None:
+def introduce(job: Finetuning) -> None:
     """What will be trained, and what became of examples that were too long, so that nothing is cut in silence."""
     import os
 
