@@ -150,8 +150,6 @@ class TrainingConfig(Section):
             raise ValueError(
                 "early_stopping.patience: what is worth keeping then is the best checkpoint; set keep_best to true"
             )
-        if self.task_interval is not None and self.tensor_parallel > 1:
-            raise ValueError("task_interval: goes with tensor_parallel=1 alone")
         if self.fp8 and self.tensor_parallel > 1:
             raise ValueError("fp8: goes with tensor_parallel=1 alone")
         if self.micro_batch_size != "auto" and self.batch_size % self.micro_batch_size:

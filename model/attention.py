@@ -16,6 +16,7 @@ from model.cache import KVCache
 from model.masks import Mask, Masks, Pieces
 from model.norms import rms_norm
 from model.positions import Rotation, rotate
+from model.sharding import random_numbers_of_slice
 
 # Up to this many tokens plain products beat the CPU's flash kernel in bfloat16; from 1024 on it is the other way round.
 SHORT = 512
@@ -45,6 +46,8 @@ class Attention(nn.Module):
     learned scale. In layers with a value embedding (Zhou et al., 2024, as simplified in modded-nanogpt), a vector that
     depends on the token alone is added to the values, times a gate in (0, 2) per head that opens by the first channels
     of the input (nanochat, 2026) and starts at 1.
+
+    Where several processes share the heads, `slice` is the number of those that are here.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -53,6 +56,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
         self.dropout = config.dropout
+        self.slice: int | None = None
         width, kv_width = config.n_heads * config.head_dim, config.kv_heads * config.head_dim
         self.query = nn.Linear(config.d_model, width, bias=config.bias)
         self.key = nn.Linear(config.d_model, kv_width, bias=config.bias)
@@ -83,7 +87,12 @@ class Attention(nn.Module):
             seen_keys, seen_values = shared.cache.update(self.layer, *new, shared.positions)
             if shared.of_cache:
                 query, key, value = query.to(seen_keys.dtype), seen_keys, seen_values
-        mixed = attend(query, key, value, shared.masks[self.window], self.dropout if self.training else 0.0)
+        mask, dropout = shared.masks[self.window], self.dropout if self.training else 0.0
+        if self.slice is None or dropout == 0.0:
+            mixed = attend(query, key, value, mask, dropout)
+        else:
+            with random_numbers_of_slice(self.slice, x.device):
+                mixed = attend(query, key, value, mask, dropout)
         y: Tensor = self.output(mixed.transpose(1, 2).flatten(2).to(x.dtype))
         return F.dropout(y, self.dropout, self.training)
 

@@ -78,9 +78,11 @@ class KVCache:
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write `(batch, T, kv_heads, head_dim)` at `positions` `(batch, T)`; return all of the layer up to `extent`.
 
-        Returns two views `(batch, kv_heads, extent, head_dim)`.
+        Returns two views `(batch, kv_heads, extent, head_dim)`. Where a model has only some of its heads, these come
+        first in the cache, and are all that is returned.
         """
         row = torch.arange(self.batch_size, device=positions.device)[:, None]
-        self.keys[layer][row, :, positions] = keys.to(self.keys.dtype)
-        self.values[layer][row, :, positions] = values.to(self.values.dtype)
-        return self.keys[layer, :, :, : self.extent], self.values[layer, :, :, : self.extent]
+        own_keys, own_values = self.keys[layer, :, : keys.shape[2]], self.values[layer, :, : keys.shape[2]]
+        own_keys[row, :, positions] = keys.to(self.keys.dtype)
+        own_values[row, :, positions] = values.to(self.values.dtype)
+        return own_keys[:, :, : self.extent], own_values[:, :, : self.extent]

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.sharding import RowsHeld, rows_held
+
 IGNORED = -100
 CHUNK, CPU_CHUNK = 4096, 1024
 
@@ -32,11 +34,17 @@ def linear_cross_entropy(
     With `soft_cap` the logits go through `soft_cap` first. With `z_loss` the gradient, but not the value, is that of
     the cross-entropy plus `z_loss * log(sum(exp(logits))) ** 2` per predicted token (Chowdhery et al., 2022, section
     5): the term steers training, and the loss still compares with that of a run without it.
+
+    Where several processes have the same `hidden` and `targets`, and each some rows of `weight` (a `DTensor`), each
+    makes the logits of its rows; what travels is, for each token, their maximum and the sum of their exponentials, and
+    the gradient of `hidden`, a sum over all rows (Megatron-LM, Shoeybi et al., 2019).
     """
     wants_gradient = torch.is_grad_enabled()
+    held = rows_held(weight)
     loss = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden,
-        weight,
+        held.rows,
+        held,
         targets,
         vocab_size,
         soft_cap,
@@ -58,6 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        held: RowsHeld,
         targets: Tensor,
         vocab_size: int,
         soft_cap: float | None,
@@ -71,26 +80,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if hidden_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_gradient else None
+        padding = slice(max(0, vocab_size - held.first), None)
         rows = CPU_CHUNK if device == "cpu" else CHUNK
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             inputs, kept = hidden[part].to(dtype), targets[part, None] != IGNORED
-            index = targets[part, None].clamp(min=0)
+            place = targets[part, None] - held.first
+            index = place.clamp(0, len(matrix) - 1)
+            here = place == index  # the target's row is one of these, and there is a target
             logits = soft_capped(F.linear(inputs, matrix).float(), soft_cap)
-            logits[:, vocab_size:] = -torch.inf
-            log_probabilities = F.log_softmax(logits, dim=-1)
-            of_target = log_probabilities.gather(1, index)
-            loss -= torch.where(kept, of_target, 0.0).sum()
+            logits[:, padding] = -torch.inf
+            log_probabilities, log_partition = _log_softmax(logits, held)
+            loss -= torch.where(here, log_probabilities.gather(1, index), 0.0).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            minus_one = torch.full_like(kept, -1.0, dtype=torch.float32)
             grad = log_probabilities.exp_()
             if z_loss:
-                grad *= 1 + 2 * z_loss * (logits.gather(1, index) - of_target)
-            grad.scatter_add_(1, index, minus_one)
+                grad *= 1 + 2 * z_loss * log_partition
+            grad.scatter_add_(1, index, -here.float())
             if soft_cap is not None:
                 grad.addcmul_(grad, logits.div_(soft_cap).square_(), value=-1)
-                grad[:, vocab_size:] = 0.0
+                grad[:, padding] = 0.0
             grad_logits = grad.to(dtype)
             # Tokens without a target are left out here, where it takes a pass over d_model and not the vocabulary.
             if grad_hidden is not None:
@@ -101,6 +111,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad_logits.T, counted)
                 else:
                     grad_weight += grad_logits.T @ counted
+        held.sum_(loss)
+        if grad_hidden is not None:
+            held.sum_(grad_hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -113,4 +126,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+
+
+def _log_softmax(logits: Tensor, held: RowsHeld) -> tuple[Tensor, Tensor]:
+    """Logarithms of the softmax over all rows, at those that are held, and of its denominator `(tokens, 1)`."""
+    if held.group is None:
+        whole = F.log_softmax(logits, dim=-1)
+        return whole, logits[:, :1] - whole[:, :1]
+    peak = held.maximum_(logits.amax(dim=-1, keepdim=True))
+    shifted = logits - peak
+    log_sum = held.sum_(shifted.exp().sum(dim=-1, keepdim=True)).log_()
+    return shifted.sub_(log_sum), peak + log_sum

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -66,3 +70,55 @@ def fill_all(pairs: Iterable[tuple[Tensor, Tensor | Stored]]) -> None:
     for target, source in pairs:
         if isinstance(source, Tensor):
             fill(target, source)
+
+
+class RowsHeld(NamedTuple):
+    """The `rows` of a matrix, from its row `first` on, that this process of `group` holds; without a group, all."""
+
+    rows: Tensor
+    first: int
+    group: dist.ProcessGroup | None
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over the group, in place."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def maximum_(self, tensor: Tensor) -> Tensor:
+        """The largest of every element over the group, in place."""
+        if self.group is not None:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
+
+def rows_held(matrix: Tensor) -> RowsHeld:
+    """What this process holds of `matrix`: of a `DTensor` that is cut by rows its own, with the gradient's way back."""
+    if not is_shared(matrix):
+        return RowsHeld(matrix, 0, None)
+    shared: Any = matrix
+    (size,), rank = shared.device_mesh.shape, shared.device_mesh.get_local_rank()
+    first = min(len(matrix), rank * -(-len(matrix) // size))
+    return RowsHeld(shared.to_local(), first, shared.device_mesh.get_group())
+
+
+def linear_whole(x: Tensor, matrix: Tensor) -> Tensor:
+    """`F.linear`, all of whose result `(..., rows)` every process has, though `matrix` may be a `DTensor`."""
+    if not is_shared(matrix):
+        return F.linear(x, matrix)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    shared: Any = matrix
+    everywhere = DTensor.from_local(x, shared.device_mesh, [Replicate()], run_check=False)
+    product: Any = F.linear(everywhere, matrix)
+    whole: Tensor = product.full_tensor()
+    return whole
+
+
+@contextmanager
+def random_numbers_of_slice(number: int, device: torch.device) -> Iterator[None]:
+    """Within it, processes that draw the same random numbers draw others, each by its `number`; after it, the same."""
+    seed = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + number)
+        yield

@@ -21,6 +21,7 @@ from model.masks import cached_masks, causal_masks, flex_takes, positions_in
 from model.norms import make_norm
 from model.positions import RotaryTables, Rotation
 from model.quantized import QuantizedLinear
+from model.sharding import linear_whole
 
 GradientCheckpointing = Literal["none", "selective", "full"]
 
@@ -124,7 +125,7 @@ class Transformer(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits `(..., vocab_size)` of `hidden` `(..., d_model)`."""
-        whole = F.linear(hidden, self.token_embedding.weight) if self.head is None else self.head(hidden)
+        whole = linear_whole(hidden, self.token_embedding.weight) if self.head is None else self.head(hidden)
         return soft_capped(whole[..., : self._vocab_size], self.config.logit_soft_cap)
 
     def _hidden(self, tokens: Tensor, cache: KVCache | None, documents: Tensor | None = None) -> Tensor:

@@ -49,8 +49,6 @@ def make_layout(config: Config, world_size: int) -> Layout:
             "Start a multiple of it."
         )
     _check_slices(config.model, tensor)
-    if tensor > 1 and training.fp8:
-        raise UserError("training.tensor_parallel takes training.fp8=false.")
     data = world_size // tensor
     if training.parallelism == "ddp":
         return Layout(replicate=data, tensor=tensor)
@@ -69,5 +67,3 @@ def _check_slices(model: ModelConfig, tensor: int) -> None:
     for key, size in (("n_heads", model.n_heads), ("n_kv_heads", model.kv_heads), ("d_ff", model.feed_forward_dim)):
         if size % tensor:
             raise UserError(f"training.tensor_parallel={tensor} does not divide model.{key}={size}. Choose a divisor.")
-    if tensor > 1 and (model.dropout > 0 or model.value_embedding_layers):
-        raise UserError("training.tensor_parallel needs model.dropout=0 and model.value_embeddings=none.")

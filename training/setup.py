@@ -14,7 +14,6 @@ from torch import nn
 
 from config.errors import UserError
 from config.schema import Config
-from config.training import TrainingConfig
 from model.checkpoint import load_weights
 from model.transformer import Transformer
 from training import randomness
@@ -124,13 +123,21 @@ def with_run_name(config: Config, name: str) -> Config:
     return config.model_copy(update={"training": config.training.model_copy(update={"run_name": name})})
 
 
-def should_compile(training: TrainingConfig, device: torch.device) -> bool:
+def should_compile(config: Config, device: torch.device) -> bool:
     """Whether `torch.compile` is to be used: where asked for, or, with `auto`, on a GPU.
 
-    On a CPU it saves a tenth of a float32 step and nothing of a bfloat16 one, and takes half a minute to begin.
+    On a CPU it saves a tenth of a float32 step and nothing of a bfloat16 one, and takes half a minute to begin. Slices
+    of a model that draw random numbers of their own are never compiled: a graph can't put a generator back.
     """
+    training = config.training
+    apart = training.tensor_parallel > 1 and config.model.dropout > 0
     if training.compile == "auto":
-        return device.type == "cuda"
+        return device.type == "cuda" and not apart
+    if training.compile and apart:
+        raise UserError(
+            "training.compile=true does not go with model.dropout above 0 where training.tensor_parallel slices the "
+            "model. Use training.compile=auto."
+        )
     if training.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
         raise UserError(
             "training.compile=true needs a C++ compiler on a CPU (g++ or clang++). Install one, or use auto."

@@ -1,26 +1,62 @@
-"""Tensor parallelism: neighbours slice the matrices of every block among them, and work on the same rows of data.
+"""Tensor parallelism: neighbours slice every large matrix among them, and work on the same rows of data.
 
 As in Megatron-LM (Shoeybi et al., 2019): the first matrices of a pair (query, key, value; up, gate) are cut by their
 outputs, so that each process has some of the heads, or of the hidden units, and the second (output; down) by its
-inputs, so that a sum over the processes completes it: two sums forward and two backward for each block. Embeddings,
-norms and the head are the same on all of them.
+inputs, so that a sum over the processes completes it: two sums forward and two backward for each block. Value
+embeddings and their gates go with the heads. Token embedding and head are cut by words: one more sum forward makes
+vectors of tokens, and the loss never has more than a process's own words of the logits (see `model.loss`). Norms,
+learned positions and what scales the residual stream are the same on all processes.
+
+So is the residual stream, and with it what dropout leaves of it: neighbours draw the same random numbers, but for the
+shares of attention, of which each has those of its own heads.
 """
 
 from __future__ import annotations
 
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
 
-from model.transformer import Transformer
+from model.transformer import Block, Transformer
 
-CUT_BY_OUTPUTS = ("attention.query", "attention.key", "attention.value", "feed_forward.up", "feed_forward.gate")
-CUT_BY_INPUTS = ("attention.output", "feed_forward.down")
+PARTS: dict[str, ParallelStyle] = {
+    "token_embedding": RowwiseParallel(input_layouts=Replicate()),
+    "value_embeddings.*": ColwiseParallel(),
+    "head": ColwiseParallel(output_layouts=Replicate()),
+}
+PARTS_OF_BLOCK: dict[str, ParallelStyle] = {
+    "attention": PrepareModuleInput(
+        input_layouts=(Replicate(), None, None), desired_input_layouts=(Replicate(), None, None)
+    ),
+    "attention.query": ColwiseParallel(),
+    "attention.key": ColwiseParallel(),
+    "attention.value": ColwiseParallel(),
+    "attention.value_gate": ColwiseParallel(),
+    "attention.output": RowwiseParallel(),
+    "feed_forward": PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)),
+    "feed_forward.up": ColwiseParallel(),
+    "feed_forward.gate": ColwiseParallel(),
+    "feed_forward.down": RowwiseParallel(),
+}
 
 
 def slice_matrices(model: Transformer, mesh: DeviceMesh) -> None:
-    """Slice the matrices of the blocks of `model`, on the meta device or a real one, over the axis `tensor`."""
+    """Slice the matrices of `model`, on the meta device or a real one, over the axis `tensor`."""
+    tensor = mesh["tensor"]
+    _slice(model, PARTS, tensor)
     for block in model.blocks:
-        there = dict(block.named_modules())
-        plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in CUT_BY_OUTPUTS if name in there}
-        plan |= {name: RowwiseParallel() for name in CUT_BY_INPUTS}
-        parallelize_module(block, mesh["tensor"], plan)
+        assert isinstance(block, Block)
+        _slice(block, PARTS_OF_BLOCK, tensor)
+        block.attention.slice = tensor.get_local_rank()
+
+
+def _slice(module: nn.Module, plan: dict[str, ParallelStyle], mesh: DeviceMesh) -> None:
+    there = dict(module.named_modules())
+    parallelize_module(module, mesh, {name: how for name, how in plan.items() if there.get(name.removesuffix(".*"))})

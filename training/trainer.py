@@ -103,7 +103,7 @@ def train(
         precision = Precision(training.precision, process.device)
         if training.fp8:
             require_float8(precision)
-        compiling = should_compile(training, process.device)
+        compiling = should_compile(config, process.device)
         peak_flops = measure_peak_flops(process.device, precision.dtype)
         randomness.seed_all(training.seed)
 
@@ -172,7 +172,7 @@ def train(
             stopping=stopping,
             evaluate=evaluate,
             ask=ask,
-            sampler=sampler if plan.layout.tensor == 1 else None,
+            sampler=sampler,
             tokenizer_fingerprint=tokenizer_fingerprint,
             finetuning=finetuning,
             validation_loss=loss,
