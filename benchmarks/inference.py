@@ -198,7 +198,7 @@ def hugging_face(model: Transformer, rows: int) -> Write:
     import torch
     import transformers
 
-    from model.huggingface import to_huggingface
+    from model.huggingface.exporting import to_huggingface
 
     cast(Any, transformers).logging.set_verbosity_error()
     theirs = to_huggingface(model).eval()

@@ -164,7 +164,7 @@ def _prepare(folder: Path, recipes: list[Path], overrides: list[str]) -> None:
     from data.tokenization import train_tokenizer
     from model.checkpoint import save_checkpoint
     from model.checkpoint_folder import checkpoint_path
-    from model.huggingface import to_huggingface
+    from model.huggingface.exporting import to_huggingface
     from model.transformer import Transformer
 
     config = load_config(recipes, overrides)

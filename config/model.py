@@ -9,6 +9,21 @@ from pydantic import Field, model_validator
 from config.section import PositiveInt, Rate, Section, divisors
 
 
+class RopeScaling(Section):
+    """Llama 3's change of the rotary frequencies, for a context longer than that of the first training."""
+
+    factor: Rate
+    low_freq_factor: Rate
+    high_freq_factor: Rate
+    original_context_length: PositiveInt
+
+    @model_validator(mode="after")
+    def _order(self) -> RopeScaling:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be above low_freq_factor")
+        return self
+
+
 class ModelConfig(Section):
     """Shape and parts of the transformer."""
 
@@ -22,6 +37,7 @@ class ModelConfig(Section):
     vocab_size: PositiveInt | None
     position: Literal["learned", "rope"]
     rope_theta: Rate
+    rope_scaling: RopeScaling | None
     norm: Literal["layernorm", "rmsnorm"]
     norm_eps: Rate
     activation: Literal["gelu", "swiglu", "squared_relu"]

@@ -144,7 +144,7 @@ def _ask(task: CoreTask, number: int, tokenizer: Tokenizer) -> _Asked:
     before = "".join(_solved(task, task.items[index]) + "\n\n" for index in drawn)
 
     def encode(text: str) -> list[int]:
-        return [tokenizer.end_of_text_id, *tokenizer.encode(text)]
+        return [*(tokenizer.prefix_ids or [tokenizer.end_of_text_id]), *tokenizer.encode(text)]
 
     if task.kind == "language_modeling":
         opening = f"{before}{str(item['context']).strip()}{task.delimiter}"

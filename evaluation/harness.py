@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     @property
     def eot_token_id(self) -> int:
         """The token that precedes every text that is scored from its beginning."""
-        return self._text.end_of_text_id
+        return [*self._text.prefix_ids, self._text.end_of_text_id][0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of `string`; a special token written in it is text."""
@@ -71,7 +71,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             whole = self.tok_encode(context + continuation)
             same = min(common_length(before, whole), len(whole) - 1)
             before, after = whole[:same], whole[same:]
-        return before or [self.eot_token_id], after
+        return [*self._text.prefix_ids, *before] or [self.eot_token_id], after
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As `lm-eval` defines it; it has no progress bar of its own here."""
@@ -106,7 +106,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             if unknown := sorted(set(settings) - _KNOWN):
                 raise UserError(f"The task {request.task_name} asks for {unknown[0]}, which generation here has not.")
             room = max(self.max_length - new_tokens, self.max_length // 2)
-            prompt = (self.tok_encode(context) or [self.eot_token_id])[-room:]
+            first = list(self._text.prefix_ids)
+            ids = self.tok_encode(context)[-(room - len(first)) :]
+            prompt = [*first, *ids] or [self.eot_token_id]
             how = {key: settings[key] for key in _KNOWN - {"do_sample"} if settings.get(key) is not None}
             writings.append(Writing(tuple(prompt), new_tokens, tuple(text for text in stop if text), **how))
             stops.append(stop)

@@ -72,7 +72,7 @@ def text_files(paths: Sequence[Path], tokenizer: Tokenizer) -> HeldOut:
     """
     texts = [_read(path) for path in paths]
     if len(paths) == 1:
-        ids = np.array([tokenizer.end_of_text_id, *tokenizer.encode(texts[0])], dtype=np.int64)
+        ids = np.array([*_first(tokenizer), *tokenizer.encode(texts[0])], dtype=np.int64)
         return HeldOut(str(paths[0]), ArrayTokens(ids))
     tokens, ends = _joined(texts, tokenizer)
     return HeldOut(
@@ -113,10 +113,14 @@ def source_documents(name: str, data: DataConfig, tokenizer: Tokenizer, max_toke
     return HeldOut(f"source {name}", tokens, ends)
 
 
+def _first(tokenizer: Tokenizer) -> list[int]:
+    return list(tokenizer.prefix_ids) or [tokenizer.end_of_text_id]
+
+
 def _joined(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[ArrayTokens, np.ndarray]:
     """End-of-text, and every text followed by end-of-text; and where each text ends in that."""
     end = tokenizer.end_of_text_id
-    rows = [np.array([end], dtype=np.int64)]
+    rows = [np.array(_first(tokenizer), dtype=np.int64)]
     rows += [np.append(ids.astype(np.int64), end) for ids in tokenizer.encode_batch(texts)]
     ends = np.cumsum([len(row) for row in rows])
     return ArrayTokens(np.concatenate(rows)), ends[1:]

@@ -114,7 +114,7 @@ class BeamSearch:
 
     def _begin(self, place: int, request: Request) -> _Search:
         check_bias(request.sampling.logit_bias, self._tokenizer.vocab_size)
-        ids = list(request.prompt) or [self._tokenizer.end_of_text_id]
+        ids = list(request.prompt) or [*self._tokenizer.prefix_ids] or [self._tokenizer.end_of_text_id]
         ids = ids[window_start(len(ids) + 1, self._context) :]
         limit = min(request.max_new_tokens, self._context - len(ids))
         progress = None if request.constraint is None else request.constraint.begin()
@@ -122,7 +122,7 @@ class BeamSearch:
         return _Search(place, request, ids, limit, [_Beam(self._slots.take(list(ids)), writing, progress)])
 
     def _stop_tokens(self, request: Request) -> frozenset[int]:
-        return frozenset((self._tokenizer.end_of_text_id, *request.stop_tokens))
+        return frozenset((*self._tokenizer.ending_ids, *request.stop_tokens))
 
     @uninterrupted()
     @torch.inference_mode()

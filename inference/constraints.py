@@ -139,7 +139,7 @@ def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
     if tokenizer not in _vocabularies:
         from llguidance import LLTokenizer, TokenizerWrapper
 
-        ends = [tokenizer.end_of_text_id]
+        ends = list(tokenizer.ending_ids)
         ends += [tokenizer.special_tokens[END]] if END in tokenizer.special_tokens else []
         wrapper = TokenizerWrapper(_Wrapped(tokenizer))
         _vocabularies[tokenizer] = LLTokenizer(wrapper, n_vocab=tokenizer.vocab_size, eos_token=ends)

@@ -128,7 +128,7 @@ class Engine:
         Raises `QueueFull` where too many wait, and `UserError` for a prompt that leaves a text which must not slide no
         room, or a bias of tokens that are none.
         """
-        ids = list(request.prompt) or [self._tokenizer.end_of_text_id]
+        ids = list(request.prompt) or [*self._tokenizer.prefix_ids] or [self._tokenizer.end_of_text_id]
         context = self._model.config.context_length
         if request.context == "stop" and len(ids) >= context:
             raise UserError(
@@ -140,7 +140,7 @@ class Engine:
             number=self._submitted,
             request=request,
             ids=ids,
-            writing=Writing(self._tokenizer, request.stop, (self._tokenizer.end_of_text_id, *request.stop_tokens)),
+            writing=Writing(self._tokenizer, request.stop, (*self._tokenizer.ending_ids, *request.stop_tokens)),
             past=Past(request, ids, self._tokenizer.vocab_size, self._sampling_device),
         )
         self._waiting.append(sequence)

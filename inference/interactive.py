@@ -126,7 +126,8 @@ class Session:
                 self._say(f"(the conversation is longer than the model's context: the oldest {dropped} messages go)\n")
             stop_tokens = chat_stop_tokens(self._tokenizer)
         else:
-            prompt = self._tokenizer.encode(text.removeprefix(" ") if text.startswith(" /") else text)
+            text_ids = self._tokenizer.encode(text.removeprefix(" ") if text.startswith(" /") else text)
+            prompt = [*self._tokenizer.prefix_ids, *text_ids]
         requests = make_requests(
             settings, prompt, seed_of(settings), stop_tokens, constraint_of(settings, self._tokenizer)
         )

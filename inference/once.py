@@ -30,7 +30,7 @@ def write_once(
         ids, _ = chat_prompt(tokenizer, [{"role": "user", "content": text}], context, 0)
         stop_tokens = chat_stop_tokens(tokenizer)
     else:
-        ids = tokenizer.encode(text)
+        ids = [*tokenizer.prefix_ids, *tokenizer.encode(text)]
     if len(ids) > context:
         print(
             f"note: the prompt has {len(ids):,} tokens, the model sees {context:,} at once: the beginning is cut off.",

@@ -129,7 +129,7 @@ def chat_prompt(
 
 
 def chat_stop_tokens(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end an answer."""
+    """The tokens that end an answer, beside those that end every text."""
     return [tokenizer.special_tokens[END]] if END in tokenizer.special_tokens else []
 
 
@@ -143,7 +143,7 @@ def sample_text(
     was_training = model.training
     model.eval()
     try:
-        request = make_requests(settings, tokenizer.encode(prompt), seed)[0]
+        request = make_requests(settings, [*tokenizer.prefix_ids, *tokenizer.encode(prompt)], seed)[0]
         if settings.beams > 1:
             return prompt + best_texts(model, tokenizer, settings, request)[0].text
         return prompt + "".join(piece.text for piece in Engine(model, tokenizer).generate([request]))

@@ -250,7 +250,7 @@ def require_same_model(saved: ModelConfig, wanted: ModelConfig, path: Path) -> N
     ]
     for config in resolved:
         if wanted.position == "learned":
-            config["rope_theta"] = None
+            config["rope_theta"] = config["rope_scaling"] = None
         if wanted.window is None:
             config["window_pattern"] = None
     differing = [

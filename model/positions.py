@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from config.model import RopeScaling
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -20,9 +23,9 @@ class RotaryTables(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, context_length: int, theta: float) -> None:
+    def __init__(self, head_dim: int, context_length: int, theta: float, scaling: RopeScaling | None = None) -> None:
         super().__init__()
-        self.head_dim, self.context_length, self.theta = head_dim, context_length, theta
+        self.head_dim, self.context_length, self.theta, self.scaling = head_dim, context_length, theta, scaling
         self._build(torch.get_default_device())
 
     def _build(self, device: torch.device) -> None:
@@ -32,8 +35,7 @@ class RotaryTables(nn.Module):
                 self.register_buffer(name, table, persistent=False)
             return
         # In float64 on the CPU first, so that every device gets the same bits.
-        channels = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu")
-        frequencies = self.theta ** (-channels / self.head_dim)
+        frequencies = rotary_frequencies(self.head_dim, self.theta, self.scaling)
         angles = torch.outer(torch.arange(self.context_length, dtype=torch.float64, device="cpu"), frequencies)
         cos, sin = angles.cos().float(), angles.sin().float()
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1).to(device), persistent=False)
@@ -53,6 +55,22 @@ class RotaryTables(nn.Module):
         if isinstance(positions, int):
             return self.cos[:positions, None], self.sin[:positions, None]
         return self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Radians per position of every pair of channels: `(head_dim / 2,)` in float64 on the CPU.
+
+    With `scaling` they are Llama 3's (Grattafiori et al., 2024): slow ones divided by the factor, fast ones as they
+    are. Those between, told by how often they turn in the original context, are a mean of the two.
+    """
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
+    frequencies = theta ** (-channels / head_dim)
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_context_length * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

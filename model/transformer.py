@@ -72,7 +72,9 @@ class Transformer(nn.Module):
             if config.position == "learned":
                 self.position_embedding = nn.Embedding(config.context_length, config.d_model)
             else:
-                self.rotary = RotaryTables(config.head_dim, config.context_length, config.rope_theta)
+                self.rotary = RotaryTables(
+                    config.head_dim, config.context_length, config.rope_theta, config.rope_scaling
+                )
             self.value_embeddings = nn.ModuleDict(
                 {
                     str(layer): nn.Embedding(config.padded_vocab_size, config.kv_heads * config.head_dim)

@@ -166,6 +166,10 @@ class _Handler(BaseHTTPRequestHandler):
         entries = [_entry(path, files[path], repo.large(path)) for path in form["paths"] if path in files]
         self._json(Request(self.path, "", {}), entries)
 
+    def do_HEAD(self) -> None:
+        """Answer as GET does; the body is left out."""
+        self.do_GET()
+
     def do_GET(self) -> None:
         """Answer one request."""
         split = urlsplit(self.path)
@@ -180,9 +184,9 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[0] == "storage":
             self._storage(request, parts[1], "/".join(parts[2:]))
             return
-        raw = split.path.removeprefix("/api").removeprefix("/datasets/").split("/")
+        raw = split.path.removeprefix("/api").removeprefix("/datasets/").removeprefix("/models/").strip("/").split("/")
         raw += ["revision", "main"] if split.path.startswith("/api/") and len(raw) == 2 else []
-        if "/datasets/" not in split.path or len(raw) < 4:
+        if len(raw) < 4:
             self._error(request, 404, "", "no such page")
             return
         name, action, revision = f"{raw[0]}/{raw[1]}", raw[2], unquote(raw[3])
@@ -195,7 +199,14 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None:
             self._error(request, 404, "RevisionNotFound", f"Invalid rev id: {revision}")
         elif action == "revision":
-            body = {"id": name, "sha": commit, "private": False, "gated": repo.gated, "cardData": repo.card}
+            body = {
+                "id": name,
+                "sha": commit,
+                "private": False,
+                "gated": repo.gated,
+                "cardData": repo.card,
+                "siblings": [{"rfilename": path} for path in repo.files(commit)],
+            }
             self._json(request, body)
         elif action == "tree":
             self._tree(request, repo, name, commit, parse_qs(split.query))
@@ -221,7 +232,8 @@ class _Handler(BaseHTTPRequestHandler):
         end = start + self.server_state.page
         headers = {}
         if end < len(entries):
-            path = f"/api/datasets/{name}/tree/{quote(commit)}?recursive=True&cursor={end}"
+            kind = request.path.split("/")[2]
+            path = f"/api/{kind}/{name}/tree/{quote(commit)}?recursive=True&cursor={end}"
             headers["Link"] = f'<{self.server_state.endpoint}{path}>; rel="next"'
         self._json(request, entries[start:end], headers)
 
@@ -245,7 +257,7 @@ class _Handler(BaseHTTPRequestHandler):
                 },
             )
         else:
-            self._content(request, path, body, f'"{hashlib.sha1(body).hexdigest()}"')
+            self._content(request, path, body, f'"{hashlib.sha1(body).hexdigest()}"', {"X-Repo-Commit": commit})
 
     def _storage(self, request: Request, digest: str, path: str) -> None:
         for repo in self.server_state.repos.values():
@@ -265,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(request, answer.status, {"Content-Length": "0", **answer.headers})
         return True
 
-    def _content(self, request: Request, path: str, body: bytes, etag: str) -> None:
+    def _content(self, request: Request, path: str, body: bytes, etag: str, more: dict[str, str] | None = None) -> None:
         if self._misbehaves_by_status(request, path):
             return
         queue = self.server_state.misbehave[path]
@@ -274,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
         etag = answer.etag or etag
         start, end = 0, len(body)
         packing = {"Content-Encoding": self.server_state.packings[path]} if path in self.server_state.packings else {}
-        headers = {"ETag": etag, "Accept-Ranges": "bytes", **packing, **answer.headers}
+        headers = {"ETag": etag, "Accept-Ranges": "bytes", **(more or {}), **packing, **answer.headers}
         asked = request.headers.get("range")
         if asked and request.headers.get("if-range", etag) == etag and not answer.ignore_range:
             first, _, last = asked.removeprefix("bytes=").partition("-")
@@ -288,6 +300,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(request, body[start:end], answer)
 
     def _send(self, request: Request, body: bytes, answer: Answer) -> None:
+        if self.command == "HEAD":
+            return
         stop = answer.cut_after if answer.cut_after is not None else answer.pause_after
         first = body if stop is None else body[:stop]
         request.sent += len(first)  # before a client can have them, and look here

@@ -59,6 +59,7 @@ TYPED: dict[str, list[str]] = {
         "training.epochs=1",
     ],
     "python scripts/export.py --to huggingface exported": [],
+    "python scripts/import.py exported": [],
     "python scripts/report.py": [],
 }
 INSTALLATION = {"pip install -r requirements.txt"}
@@ -122,7 +123,7 @@ class TestWhatIsWrittenDown:
         ).stdout.splitlines()
         run = [match[0] for line in lines if (match := re.search(r"(data|scripts)/\w+\.py", line))]
         road = [line.split()[1] for line in TYPED if not re.search("--(list|dry-run|resume)", line)]
-        left_out = {"scripts/distributed_train.py", "scripts/finetune.py", "scripts/export.py"}
+        left_out = {"scripts/distributed_train.py", "scripts/finetune.py", "scripts/export.py", "scripts/import.py"}
         assert [script for script in run if script in road] == [script for script in road if script not in left_out]
 
 
@@ -230,6 +231,8 @@ def test_the_road_from_raw_text_to_fine_tuned_answers(clone: Path) -> None:
     output, _ = type_in(clone, next(typed))
     assert "Next: AutoModelForCausalLM.from_pretrained" in output
     assert "| tokens trained on | 2,048 |" in (clone / "exported/README.md").read_text(encoding="utf-8")
+    output, _ = type_in(clone, next(typed))
+    assert proposed(output).startswith("python scripts/generate.py --checkpoint checkpoints/exported")
     output, _ = type_in(clone, next(typed))
     assert proposed(output).startswith("python scripts/generate.py")
     assert list((clone / "runs").rglob("report.html"))

@@ -141,7 +141,7 @@ def test_figures_equal_those_of_lm_eval_on_the_exported_model(folder: Path, fews
 
     from data.tokenization import load_tokenizer
     from model.checkpoint import load_model
-    from model.huggingface import to_huggingface
+    from model.huggingface.exporting import to_huggingface
 
     model, _ = load_model(folder / "checkpoints/model_step_40.pt", torch.device("cpu"))
     to_huggingface(model).save_pretrained(folder / "exported")

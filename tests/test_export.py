@@ -23,6 +23,7 @@ from tests.workspace import Workspace, make_workspace, small_tokenizer
 GPT2 = ["position=learned", "norm=layernorm", "activation=gelu", "bias=true", "qk_norm=false", "tie_embeddings=true"]
 LLAMA = ["activation=swiglu", "qk_norm=false", "n_kv_heads=1"]
 KINDS = {"apertus": [], "llama": LLAMA, "gpt2": GPT2, "qwen3": LLAMA[:1], "arcee": LLAMA[1:]}
+ROPE_SCALING = "rope_scaling={factor: 8, low_freq_factor: 1, high_freq_factor: 4, original_context_length: 64}"
 CHAT = {"finetuning": {"format": "messages"}, "validation_loss": 2.5}
 MESSAGES = [{"role": "user", "content": "What is 3 + 4?"}]
 
@@ -133,6 +134,17 @@ class TestHuggingFace:
         assert torch.equal(theirs.state_dict()["model.layers.1.self_attn.q_proj.weight"], expected)
 
 
+def tensors(file: Path) -> dict[str, torch.Tensor]:
+    return {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(file).tensors}
+
+
+def xielu(x: torch.Tensor, alpha_n: float, alpha_p: float, beta: float, eps: float) -> torch.Tensor:
+    """As llama.cpp computes it, in float32."""
+    negative, squared = torch.nn.functional.softplus(torch.tensor([alpha_n, alpha_p]))
+    below = (torch.expm1(x.clamp(max=eps)) - x) * (beta + negative) + beta * x
+    return torch.where(x > 0, squared * x * x + beta * x, below)
+
+
 def metadata(reader: gguf.GGUFReader) -> dict[str, Any]:
     return {name: field.contents() for name, field in reader.fields.items()}
 
@@ -152,16 +164,47 @@ class TestGGUF:
         assert ours.std() > 0.3
         assert (logits - ours).abs().max() < 1e-4
 
-    def test_weights_of_what_transformers_does_not_read(self, here: Path) -> None:
+    def test_weights_of_an_arcee(self, here: Path) -> None:
         workspace = workspace_of(here, "arcee")
         export(Path("model.gguf"), to="gguf")
-        written = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(here / "model.gguf").tensors}
+        written = tensors(here / "model.gguf")
         weights = workspace.model.state_dict()
         assert torch.equal(written["blk.1.ffn_up.weight"], weights["blocks.1.feed_forward.up.weight"])
         query = weights["blocks.1.attention.query.weight"]
         pairs = [row for head in query.split(16) for half in zip(head[:8], head[8:]) for row in half]
         assert torch.equal(written["blk.1.attn_q.weight"], torch.stack(pairs))
         assert len(written) == 2 * 8 + 3
+
+    @pytest.mark.parametrize("tied", ["true", "false"])
+    def test_weights_and_activation_of_the_default_model(self, here: Path, tied: str) -> None:
+        workspace = workspace_of(here, "apertus", f"tie_embeddings={tied}")
+        export(Path("model.gguf"), to="gguf")
+        written, weights = tensors(here / "model.gguf"), workspace.model.state_dict()
+        for there, name in (("ffn_up", "feed_forward.up"), ("attn_q", "attention.query"), ("attn_k", "attention.key")):
+            assert torch.equal(written[f"blk.1.{there}.weight"], weights[f"blocks.1.{name}.weight"])
+        assert torch.equal(written["blk.1.attn_norm.weight"], weights["blocks.1.attention_norm.weight"])
+        assert torch.equal(written["output.weight"], workspace.model.output_weight[:300])
+        assert torch.equal(written["blk.0.attn_k_norm.weight"], torch.ones(16))
+        assert len(written) == 2 * 10 + 3
+        found = metadata(gguf.GGUFReader(here / "model.gguf"))
+        keys = (found[f"xielu.{key}"] for key in ("alpha_n", "alpha_p", "beta", "eps"))
+        for layer in zip(*keys, strict=True):
+            x = torch.linspace(-50, 50, 1001)
+            assert torch.equal(xielu(x, *layer), x.relu().square())
+
+    @pytest.mark.parametrize("kind", ["llama", "arcee", "apertus"])
+    def test_scaled_rotary_positions(self, here: Path, kind: str) -> None:
+        from transformers import LlamaConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        workspace_of(here, kind, ROPE_SCALING)
+        export(Path("model.gguf"), to="gguf")
+        rope = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+        theirs = LlamaConfig(head_dim=16, rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, **rope})
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
+        expected = 10000.0 ** -(torch.arange(0, 16, 2) / 16) / scaled
+        assert len(set(expected.tolist())) > 2
+        torch.testing.assert_close(tensors(here / "model.gguf")["rope_freqs.weight"], expected, rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
     def test_dtype(self, here: Path, dtype: Any) -> None:
@@ -203,8 +246,8 @@ class TestGGUF:
     @pytest.mark.parametrize(
         ("kind", "settings", "message"),
         [
-            ("apertus", [], "no model with model.qk_norm=true and model.activation=squared_relu"),
             ("arcee", ["bias=true"], "has no model.bias=true"),
+            ("qwen3", [ROPE_SCALING], "has no model.rope_scaling.*trained with model.rope_scaling=null"),
         ],
     )
     def test_what_llama_cpp_lacks_is_named(self, here: Path, kind: str, settings: list[str], message: str) -> None:

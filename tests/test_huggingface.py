@@ -13,7 +13,8 @@ from torch import Tensor
 from config.errors import UserError
 from config.load import load_config
 from config.model import ModelConfig
-from model.huggingface import from_huggingface, to_huggingface
+from model.huggingface.exporting import to_huggingface
+from model.huggingface.importing import from_huggingface
 from model.transformer import Transformer
 
 VOCABULARY = 300
@@ -206,5 +207,7 @@ def test_a_learned_scale_of_queries_is_refused() -> None:
 
 
 def test_transformers_is_not_imported_before_it_is_needed() -> None:
-    code = "import sys, model.huggingface; sys.exit('transformers' in sys.modules)"
+    code = (
+        "import sys, model.huggingface.exporting, model.huggingface.importing; sys.exit('transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

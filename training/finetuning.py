@@ -20,6 +20,7 @@ from data.examples.pairs import PairSamples
 from data.examples.reading import ANSWERS, Example, format_of, read_examples
 from data.examples.samples import ExampleSamples, hold_out, refuse_shared_prompts
 from data.tokenization import Tokenizer
+from data.tokenization.build import current_fingerprint
 from data.tokenization.matching import matching_tokenizer
 from model.checkpoint import checkpoint_model_config, load_checkpoint, require_same_model
 from model.checkpoint_folder import resolve_checkpoint
@@ -86,7 +87,7 @@ def starting_config(asked: Asked) -> tuple[Config, Path, Path | None]:
         config, resume = run_config(asked.recipes, asked.overrides, asked.resume, base=[RECIPE])
         assert resume is not None
         about = load_checkpoint(resume).get("finetuning")
-        if about is None:
+        if about is None or "start" not in about:
             raise UserError(f"{resume} is no checkpoint of fine-tuning. To start from it: --checkpoint {resume}")
         return config, Path(about["start"]), resume
     start = resolve_checkpoint(asked.start or "latest", Path(load_config().training.checkpoint_dir))
@@ -128,6 +129,8 @@ def open_finetuning(asked: Asked, watch: Watch = lambda examples, what: examples
 
     places = [config.data.tokenizer_dir, state["config"]["data"]["tokenizer_dir"]]
     tokenizer = matching_tokenizer(state["tokenizer_fingerprint"], [Path(place) for place in places])
+    place = next(place for place in places if current_fingerprint(Path(place)) == tokenizer.fingerprint)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer_dir": place})})
     length = before.get("context_length") or sequence_length(config.model, config.training)
     too_long = config.data.finetuning.too_long
     found = encode_examples(tokenizer, watch(examples, "Encoding the examples"), length, too_long)

@@ -52,10 +52,11 @@ def encode_example(tokenizer: Tokenizer, example: TextExample | CompletionExampl
     Prompt and completion are encoded one by one, so the prompt has the ids it will have when a completion is asked for.
     """
     if isinstance(example, TextExample):
-        return _joined([tokenizer.end_of_text_id], [*tokenizer.encode(example.text), tokenizer.end_of_text_id])
+        first = tokenizer.prefix_ids or [tokenizer.end_of_text_id]
+        return _joined(first, [*tokenizer.encode(example.text), tokenizer.end_of_text_id])
     if isinstance(example, CompletionExample):
         completion = [*tokenizer.encode(example.completion), tokenizer.end_of_text_id]
-        return _joined(tokenizer.encode(example.prompt), completion)
+        return _joined([*tokenizer.prefix_ids, *tokenizer.encode(example.prompt)], completion)
     ids, trained = encode_messages(tokenizer, [dict(message) for message in example.messages])
     mask = np.asarray(trained, dtype=np.bool_)
     mask[:1] = False

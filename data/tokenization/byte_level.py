@@ -55,15 +55,19 @@ class ByteLevelBPE:
         parts = [self.description["model"]["vocab"], self.description["model"]["merges"]]
         parts += [self.description[key] for key in ("normalizer", "pre_tokenizer")]
         parts += [[(token["content"], token["id"]) for token in self.description["added_tokens"]]]
+        if self.description["model"].get("ignore_merges"):
+            parts += ["ignore_merges"]
         return hashlib.sha256(json.dumps(["bpe", *parts], sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        special = {token["id"] for token in self.description["added_tokens"]}
-        pieces = [b""] * self._library.get_vocab_size()
+        added = {token["id"]: token for token in self.description["added_tokens"]}
+        pieces = [b""] * (1 + max(self._library.get_vocab().values()))
         for token, index in self.description["model"]["vocab"].items():
-            if index not in special:
+            if index not in added:
                 pieces[index] = bytes(BYTE_OF[character] for character in token)
+        for index, token in added.items():
+            pieces[index] = b"" if token["special"] else token["content"].encode()
         return pieces
 
     def encode(self, text: str) -> list[int]:

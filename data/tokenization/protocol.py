@@ -26,11 +26,19 @@ class Tokenizer(Protocol):
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
-        """Name of every special token and its id; they take the first ids, in the order of the configuration."""
+        """Name of every special token and its id; ours take the first ids, in the order of the configuration."""
 
     @property
     def end_of_text_id(self) -> int:
-        """Id of `<|endoftext|>`, which stands after every document."""
+        """Id of `<|endoftext|>`, which stands after every document; of an imported tokenizer, what ends a text."""
+
+    @property
+    def prefix_ids(self) -> Sequence[int]:
+        """Ids that stand before every text given to the model, where an imported tokenizer has any; ours has none."""
+
+    @property
+    def ending_ids(self) -> Sequence[int]:
+        """Ids that end what a model writes: end-of-text, and the others that came with an imported model."""
 
     @property
     def pad_id(self) -> int:

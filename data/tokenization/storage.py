@@ -26,6 +26,19 @@ MODEL_FILES: dict[Kind, str] = {
 TRAIN_COMMAND = "python data/tokenizer.py"
 
 
+class Offices(BaseModel):
+    """Which tokens of an imported tokenizer have an office that its names do not tell."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    end_of_text: int
+    pad: int
+    prefix: tuple[int, ...]
+    endings: tuple[int, ...]
+    names: dict[str, str]
+    """The tokens that a chat template knows by their office, such as "bos_token"."""
+
+
 class TokenizerManifest(BaseModel):
     """What the folder holds."""
 
@@ -36,6 +49,7 @@ class TokenizerManifest(BaseModel):
     vocab_size: int
     special_tokens: dict[str, int]
     fingerprint: str
+    offices: Offices | None = None
 
 
 def read_manifest(directory: Path) -> TokenizerManifest:

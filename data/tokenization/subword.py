@@ -21,6 +21,7 @@ from data.tokenization.storage import (
     SETTINGS,
     TOKENIZER_CONFIG,
     TRAIN_COMMAND,
+    Offices,
     TokenizerManifest,
     read_chat_template,
     read_file,
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 class SubwordTokenizer:
     """The one implementation of `data.tokenization.Tokenizer`, over any `Backend`.
 
-    Made by `load_tokenizer` and `train_tokenizer`. It may be pickled: as its folder, where it has one.
+    Made by `load_tokenizer` and `train_tokenizer`; an imported one has `offices`. It may be pickled: as its folder,
+    where it has one.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class SubwordTokenizer:
         chat_template: str | None,
         encoder: str,
         settings: dict[str, Any],
+        offices: Offices | None = None,
     ) -> None:
         self.chat_template = chat_template
         self.special_tokens: Mapping[str, int] = MappingProxyType(dict(special_tokens))
         self.backend = backend
         self._wanted_encoder = encoder
         self._settings = settings
+        self._offices = offices
         self._directory: Path | None = None
 
     @classmethod
@@ -64,7 +68,9 @@ class SubwordTokenizer:
             raise UserError(f"The tokenizer in {directory} was changed. Run {TRAIN_COMMAND} to train a new one.")
         settings = read_settings(directory)
         encoder = encoder or str(settings["data"]["tokenizer"].get("encoder", "auto"))
-        tokenizer = cls(backend, manifest.special_tokens, read_chat_template(directory), encoder, settings)
+        tokenizer = cls(
+            backend, manifest.special_tokens, read_chat_template(directory), encoder, settings, manifest.offices
+        )
         tokenizer._directory = directory.absolute()
         return tokenizer
 
@@ -74,12 +80,13 @@ class SubwordTokenizer:
             vocab_size=self.vocab_size,
             special_tokens=dict(self.special_tokens),
             fingerprint=self.fingerprint,
+            offices=self._offices,
         )
         files = {
             self.backend.file_name: self.backend.serialized,
             TOKENIZER_CONFIG: _json(self._huggingface_config()),
             SETTINGS: yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True, width=120).encode(),
-            MANIFEST: _json(manifest.model_dump()),
+            MANIFEST: _json(manifest.model_dump(exclude_none=True)),
         }
         write_tokenizer(directory, files)
         self._directory = directory.absolute()
@@ -88,7 +95,7 @@ class SubwordTokenizer:
         if self._directory is not None:
             return SubwordTokenizer.load, (self._directory, self._wanted_encoder, self.fingerprint)
         arguments = (self.backend.kind, self.backend.serialized, dict(self.special_tokens))
-        return _restore, (*arguments, self.chat_template, self._wanted_encoder, self._settings)
+        return _restore, (*arguments, self.chat_template, self._wanted_encoder, self._settings, self._offices)
 
     @property
     def vocab_size(self) -> int:
@@ -96,14 +103,24 @@ class SubwordTokenizer:
 
     @property
     def end_of_text_id(self) -> int:
-        return self.special_tokens[END_OF_TEXT]
+        return self._offices.end_of_text if self._offices else self.special_tokens[END_OF_TEXT]
+
+    @property
+    def prefix_ids(self) -> Sequence[int]:
+        return self._offices.prefix if self._offices else ()
+
+    @property
+    def ending_ids(self) -> Sequence[int]:
+        return self._offices.endings if self._offices else (self.end_of_text_id,)
 
     @property
     def pad_id(self) -> int:
-        return self.special_tokens.get(PAD, self.end_of_text_id)
+        return self._offices.pad if self._offices else self.special_tokens.get(PAD, self.end_of_text_id)
 
     @property
     def named_tokens(self) -> Mapping[str, str]:
+        if self._offices:
+            return self._offices.names
         pad = PAD if PAD in self.special_tokens else END_OF_TEXT
         return {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": pad}
 
@@ -161,7 +178,7 @@ class SubwordTokenizer:
 
     def _huggingface_config(self) -> dict[str, Any]:
         """What `transformers` reads beside the model's file."""
-        others = [name for name in self.special_tokens if name not in (END_OF_TEXT, PAD)]
+        others = [name for name in self.special_tokens if name not in self.named_tokens.values()]
         config: dict[str, Any] = {
             **self.named_tokens,
             "additional_special_tokens": others,

@@ -13,7 +13,7 @@ tags: [quern]
 
 # {name}
 
-A language model trained with Quern.
+{made}
 
 | | |
 |---|---|
@@ -53,6 +53,7 @@ def model_card(subject: Subject, folder: str) -> str:
     rows = "\n".join(f"| {key} | {value} |" for key, value in _facts(subject).items())
     return _CARD.format(
         name=subject.name,
+        made="A language model trained with Quern." if subject.info.step else "A language model, written by Quern.",
         rows=rows,
         folder=folder,
         use=_CHAT if subject.chat else _COMPLETE,
@@ -69,8 +70,9 @@ def _facts(subject: Subject) -> dict[str, str]:
         "data type": str(subject.theirs.dtype).removeprefix("torch."),
         "context": f"{config.context_length:,} tokens",
         "vocabulary": f"{subject.tokenizer.vocab_size:,} tokens, byte-level BPE",
-        "steps of training": f"{info.step:,}",
     }
+    if info.step:
+        facts["steps of training"] = f"{info.step:,}"
     if subject.tokens is not None:
         facts["tokens trained on"] = f"{subject.tokens:,}"
     if info.finetuning is not None:

@@ -44,7 +44,7 @@ def write_folder(subject: Subject, target: Path) -> None:
     check_room(target, subject.bytes + _ROOM)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     ends, tokenizer = subject.ends, subject.tokenizer
-    tokens: dict[str, Any] = {"bos_token_id": tokenizer.end_of_text_id, "eos_token_id": ends if ends[1:] else ends[0]}
+    tokens: dict[str, Any] = {"bos_token_id": subject.beginning, "eos_token_id": ends if ends[1:] else ends[0]}
     try:
         with disk_errors(target):
             temporary.mkdir(parents=True, exist_ok=True)
@@ -78,8 +78,11 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     theirs = load.from_pretrained(folder)
     texts = probe_texts()
     spelled = [text for text in texts if any(name in text for name in tokenizer.special_tokens)]
+    spelled += [f"a{name}b" for name in tokenizer.special_tokens]
     plain = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
     special = [tokenizer.encode(text, allow_special=True) for text in spelled]
+    if theirs("")["input_ids"] != list(tokenizer.prefix_ids):
+        raise UserError("transformers puts other tokens before a text than this tokenizer; nothing was written.")
     for some, split, expected in ((texts, True, plain), (spelled, False, special)):
         found = theirs(some, add_special_tokens=False, split_special_tokens=split)["input_ids"]
         for text, ids, wanted in zip(some, found, expected, strict=True):

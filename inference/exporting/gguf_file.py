@@ -1,11 +1,13 @@
 """A checkpoint as a GGUF file, which llama.cpp and the programs around it read.
 
 Names and layout are those of llama.cpp's own converter: GPT-2's matrices turned round, the rows of Llama's queries and
-keys reordered for rotary positions that take neighbours as pairs, vectors always in float32.
+keys reordered for rotary positions that take neighbours as pairs, vectors always in float32, scaled rotary positions as
+what divides each frequency.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from config.errors import UserError
 from config.files import atomic_write
 from data.tokenization.byte_level import LLAMA3_PATTERN
 from inference.exporting.subject import Subject, check_free, check_room, save_tokenizer
+from model.positions import rotary_frequencies
 
 _TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -33,6 +36,8 @@ class _Kind(NamedTuple):
     architecture: gguf.MODEL_ARCH
     reordered: bool
     """Whether the rows of queries and keys are reordered."""
+    ties: bool = True
+    """Whether the output matrix is left out where it is the embedding."""
 
 
 _KINDS = {
@@ -40,7 +45,14 @@ _KINDS = {
     "LlamaForCausalLM": _Kind(gguf.MODEL_ARCH.LLAMA, True),
     "Qwen3ForCausalLM": _Kind(gguf.MODEL_ARCH.QWEN3, False),
     "ArceeForCausalLM": _Kind(gguf.MODEL_ARCH.ARCEE, True),
+    "ApertusForCausalLM": _Kind(gguf.MODEL_ARCH.APERTUS, False, ties=False),
 }
+_ROPE_FREQS = "rope_freqs.weight"
+_SQUARED_RELU = (-1000.0, math.log(math.expm1(1.0)), 0.0, -1e-6)
+"""alpha_n, alpha_p, beta and eps of the xIELU (Huang and Schlag, 2024) that is a squared ReLU.
+
+Their softplus, 0 and 1 in float32, are the weights of its negative and of its squared part; beta is that of the linear.
+"""
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _FLOAT32 = ("position_embd.weight",)  # llama.cpp adds its rows to others of that type
 
@@ -65,7 +77,8 @@ def write_gguf(subject: Subject, path: Path, dtype: str) -> None:
     """
     kind = _kind_of(subject)
     block, size = gguf.GGML_QUANT_SIZES[_TYPES[dtype][0]]
-    check_room(path.absolute().parent, subject.parameters * size // block)
+    again = subject.theirs.lm_head.weight.numel() if subject.config.tie_embeddings and not kind.ties else 0
+    check_room(path.absolute().parent, (subject.parameters + again) * size // block)
     with tempfile.TemporaryDirectory() as aside:
         description = save_tokenizer(subject.tokenizer, Path(aside))
     with atomic_write(path) as file:
@@ -82,18 +95,17 @@ def write_gguf(subject: Subject, path: Path, dtype: str) -> None:
 
 
 def _kind_of(subject: Subject) -> _Kind:
-    kind = _KINDS.get(subject.architecture)
-    if kind is None:
-        raise UserError(
-            "llama.cpp has no model with model.qk_norm=true and model.activation=squared_relu together. Only one "
-            "trained with model.qk_norm=false or model.activation=swiglu can be exported to gguf."
-        )
     if subject.config.bias and subject.architecture == "ArceeForCausalLM":
         raise UserError(
             "llama.cpp's Arcee, the counterpart of model.activation=squared_relu, has no model.bias=true. Only a model "
             "trained with model.bias=false can be exported to gguf."
         )
-    return kind
+    if subject.config.rope_scaling is not None and subject.architecture == "Qwen3ForCausalLM":
+        raise UserError(
+            "llama.cpp's Qwen3, the counterpart of model.qk_norm=true with model.activation=swiglu, has no "
+            "model.rope_scaling. Only a model trained with model.rope_scaling=null can be exported to gguf."
+        )
+    return _KINDS[subject.architecture]
 
 
 def _add_settings(writer: gguf.GGUFWriter, subject: Subject) -> None:
@@ -114,27 +126,37 @@ def _add_settings(writer: gguf.GGUFWriter, subject: Subject) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
+    if subject.architecture == "ApertusForCausalLM":
+        alpha_n, alpha_p, beta, eps = ([value] * config.n_layers for value in _SQUARED_RELU)
+        writer.add_xielu_alpha_n(alpha_n)
+        writer.add_xielu_alpha_p(alpha_p)
+        writer.add_xielu_beta(beta)
+        writer.add_xielu_eps(eps)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, subject: Subject, description: dict[str, Any]) -> None:
-    tokenizer, special = subject.tokenizer, subject.tokenizer.special_tokens
+    tokenizer = subject.tokenizer
     size = subject.theirs.config.vocab_size
     names = {index: name for name, index in description["model"]["vocab"].items()}
-    names |= {index: name for name, index in special.items()}
     types = {index: gguf.TokenType.NORMAL for index in names}
-    types |= {index: gguf.TokenType.CONTROL for index in special.values()}
+    for token in description["added_tokens"]:
+        names[token["id"]] = token["content"]
+        types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pattern_name(description["pre_tokenizer"]))
     writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(size)])
     writer.add_token_types([types.get(index, gguf.TokenType.UNUSED) for index in range(size)])
     merges = description["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    writer.add_bos_token_id(tokenizer.end_of_text_id)
-    writer.add_eos_token_id(tokenizer.end_of_text_id)
+    if len(subject.ends) > 3 or list(tokenizer.prefix_ids) not in ([], [subject.beginning]):
+        raise UserError(
+            "A GGUF file names at most three tokens that end a text, and one to stand before it; here are more."
+        )
+    writer.add_bos_token_id(subject.beginning)
     writer.add_pad_token_id(tokenizer.pad_id)
-    for end in subject.ends[1:]:
-        writer.add_eot_token_id(end)
-    writer.add_add_bos_token(False)
+    for add, end in zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), subject.ends):
+        add(end)
+    writer.add_add_bos_token(bool(tokenizer.prefix_ids))
     if subject.chat and tokenizer.chat_template is not None:  # programs of llama.cpp begin a chat wherever there is one
         writer.add_chat_template(tokenizer.chat_template)
 
@@ -154,7 +176,7 @@ def _tensors(subject: Subject, kind: _Kind) -> Iterator[tuple[str, Tensor]]:
     config = subject.config
     names = gguf.get_tensor_name_map(kind.architecture, config.n_layers)
     for name, values in subject.theirs.state_dict().items():
-        if name == "lm_head.weight" and config.tie_embeddings:
+        if name == "lm_head.weight" and config.tie_embeddings and kind.ties:
             continue
         if name.endswith(_TRANSPOSED):
             values = values.T
@@ -164,6 +186,9 @@ def _tensors(subject: Subject, kind: _Kind) -> Iterator[tuple[str, Tensor]]:
         there = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert there is not None, name
         yield there, values
+    if config.position == "rope" and config.rope_scaling is not None:
+        shape = (config.head_dim, config.rope_theta)
+        yield _ROPE_FREQS, rotary_frequencies(*shape, None) / rotary_frequencies(*shape, config.rope_scaling)
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, wanted: gguf.GGMLQuantizationType) -> None:

@@ -19,7 +19,7 @@ from inference.prompting import chat_stop_tokens
 from model.checkpoint import CheckpointInfo, load_checkpoint, load_model
 from model.checkpoint_folder import resolve_checkpoint
 from model.devices import DTYPES
-from model.huggingface import to_huggingface
+from model.huggingface.exporting import to_huggingface
 
 TOKENIZER = "tokenizer.json"
 
@@ -61,8 +61,15 @@ class Subject:
 
     @property
     def ends(self) -> list[int]:
-        """The tokens at which a text ends: end-of-text, and in a chat what ends an answer."""
-        return [self.tokenizer.end_of_text_id, *(chat_stop_tokens(self.tokenizer) if self.chat else [])]
+        """The tokens at which a text ends, end-of-text first; in a chat what ends an answer, too."""
+        chat = chat_stop_tokens(self.tokenizer) if self.chat else []
+        return list(dict.fromkeys([self.tokenizer.end_of_text_id, *self.tokenizer.ending_ids, *chat]))
+
+    @property
+    def beginning(self) -> int:
+        """The token that programs put before a text, where they put one."""
+        name = self.tokenizer.named_tokens.get("bos_token", "")
+        return self.tokenizer.special_tokens.get(name, self.tokenizer.end_of_text_id)
 
 
 def open_subject(checkpoint: str, config: Config, precision: str = "fp32") -> Subject:

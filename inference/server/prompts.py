@@ -81,7 +81,7 @@ def completion_task(body: CompletionBody, served: Served) -> Task:
     prompts, echoes = [], []
     for prompt in body.prompts:
         try:
-            ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            ids = [*tokenizer.prefix_ids, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
         except UserError as error:
             raise invalid("prompt", str(error).rstrip(".")) from error
         if (unknown := max(ids, default=0)) >= tokenizer.vocab_size:

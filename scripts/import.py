@@ -1,0 +1,132 @@
+"""Command: bring in a model of the Hugging Face hub, or from a folder in its form."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from config.command import Overrides, PrintConfig, Recipe, resolve, run
+from config.errors import UserError
+
+if TYPE_CHECKING:
+    from config.schema import Config
+    from data.tokenization.subword import SubwordTokenizer
+    from model.transformer import Transformer
+
+Source = Annotated[str, typer.Argument(metavar="FOLDER|OWNER/NAME", help="A folder on disk, or a model of the hub.")]
+Revision = Annotated[str | None, typer.Option(metavar="REV", help="A branch, tag or commit on the hub.")]
+Output = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Where the checkpoint goes; by default checkpoints/NAME.")
+]
+ContextLength = Annotated[
+    int | None, typer.Option(min=1, help="See fewer tokens at once than the model could, for less memory.")
+]
+
+
+def import_model(
+    source: Source,
+    overrides: Overrides = None,
+    revision: Revision = None,
+    output: Output = None,
+    context_length: ContextLength = None,
+    recipe: Recipe = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Make a checkpoint of a GPT-2 or Llama-like model in Hugging Face's form.
+
+    Its weights, tokenizer and chat template become a folder that generate.py, eval.py,
+    finetune.py and serve.py take by --checkpoint. Weights are read from safetensors only.
+    The settings of the other sections go into the checkpoint as they are.
+    """
+    config = resolve(recipe, overrides, print_config)
+    name = Path(source.rstrip("/")).name
+    target = output or Path(config.training.checkpoint_dir) / name
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is there already. Give another folder as --output.")
+    from training.environment import calm_threads
+
+    calm_threads()
+    from model.huggingface.folder import PATTERNS, describe, read_model
+
+    folder = Path(source)
+    if not folder.is_dir():
+        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise UserError(f"There is no folder {source}.")
+        from data.hub.models import download_model
+
+        folder = download_model(source, revision, PATTERNS)
+    elif revision is not None:
+        raise UserError("--revision goes with a model of the hub, not with a folder.")
+    about = describe(folder)
+    tokenizer = _tokenizer(folder, about.endings, about.pad)
+    model = read_model(folder, about.architecture)
+    if tokenizer.vocab_size > (model.config.vocab_size or 0):
+        raise UserError(
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens, more than the model's {model.config.vocab_size:,}."
+        )
+    path = _write(model, tokenizer, config, target, context_length, name)
+    kind = "It answers chats" if tokenizer.chat_template else "It has no chat template, so it continues texts"
+    print(f"Wrote {path}: {about.architecture}, {model.num_parameters() / 1e6:,.1f}M parameters. {kind}.")
+    print(f'Next: python scripts/generate.py --checkpoint {shlex.quote(str(target))} --prompt "The future of AI is"')
+
+
+def _tokenizer(folder: Path, endings: tuple[int, ...], pad: int | None) -> SubwordTokenizer:
+    from transformers import AutoTokenizer
+
+    from data.tokenization.imported import adopt_tokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the libraries behind it raise bare Exception, too
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"The tokenizer in {folder} cannot be read: {reason}") from error
+    return adopt_tokenizer(theirs, endings, pad)
+
+
+def _write(
+    model: Transformer,
+    tokenizer: SubwordTokenizer,
+    whole: Config,
+    target: Path,
+    context_length: int | None,
+    name: str,
+) -> Path:
+    """The checkpoint and its tokenizer in `target`; returns the path of the checkpoint."""
+    from model.checkpoint import save_checkpoint
+    from model.checkpoint_folder import checkpoint_path, set_latest
+
+    weights, config = dict(model.state_dict()), model.config
+    if context_length is not None:
+        if context_length > config.context_length:
+            raise UserError(f"--context-length {context_length} is more than the model's {config.context_length:,}.")
+        config = config.model_copy(update={"context_length": context_length})
+        if "position_embedding.weight" in weights:
+            weights["position_embedding.weight"] = weights["position_embedding.weight"][:context_length].clone()
+    place = (target / "tokenizer").absolute()
+    data = whole.data.model_copy(update={"tokenizer_dir": str(place)})
+    state = {
+        "model": weights,
+        "config": whole.model_copy(update={"model": config, "data": data}).model_dump(),
+        "step": 0,
+        "run_name": name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "validation_loss": None,
+        "finetuning": {"format": "messages"} if tokenizer.chat_template else None,
+    }
+    tokenizer.save(place)
+    path = checkpoint_path(target, 0)
+    save_checkpoint(path, state)
+    set_latest(path)
+    return path
+
+
+def main() -> None:
+    """Run the command line."""
+    run(import_model)
+
+
+if __name__ == "__main__":
+    main()
