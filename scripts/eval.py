@@ -15,19 +15,17 @@ import typer
 
 from config.command import Overrides, PrintConfig, Recipe, progress, resolve, run
 from config.errors import UserError
+from evaluation.in_tasks import check_tasks, report_tasks, run_in_tasks
 
 if TYPE_CHECKING:
     from config.schema import Config
     from data.tokenization import Tokenizer
-    from evaluation.downstream import TaskResult
     from evaluation.harness import Writing
     from evaluation.held_out import HeldOut
     from evaluation.judged import Judged
-    from evaluation.likelihood import Ids, Likelihood
     from evaluation.perplexity import Evaluation
     from training.distributed import Process
 
-CORE = "core"
 SLOTS = 16  # texts that are written at once
 
 Checkpoint = Annotated[
@@ -38,7 +36,7 @@ Text = Annotated[
     typer.Option(
         "--text",
         metavar="FILE",
-        help="Any UTF-8 text file, instead of the validation tokens; may be given " "several times.",
+        help="Any UTF-8 text file, instead of the validation tokens; may be given several times.",
     ),
 ]
 Source = Annotated[
@@ -119,7 +117,7 @@ def evaluate(
     from training.distributed import open_process
 
     if names:
-        _check_tasks(names, include_path or [], core_files)
+        check_tasks(names, include_path or [], core_files)
     with open_process(config.training.device) as process:
         judged = _open(checkpoint, config, process, batch_size)
         from inference.quantization import quantize_
@@ -128,9 +126,11 @@ def evaluate(
         fewer_bits = replace(judged, quantize=kind)
         if names:
             quantize_(judged.model, kind)
-            results = _in_tasks(fewer_bits, names, include_path or [], core_files, fewshot, limit)
+            results = run_in_tasks(
+                fewer_bits, names, include_path or [], core_files, fewshot, limit, partial(_write, fewer_bits)
+            )
             if process.is_main:
-                _report_tasks(results, fewer_bits, {"limit": limit}, as_json)
+                report_tasks(results, fewer_bits, {"limit": limit}, as_json)
             return
         stride = _stride(stride, judged.model.config.context_length)
         held_out = _held_out(text, source, max_tokens, config, judged.tokenizer)
@@ -159,22 +159,6 @@ def _refuse_mixture(options: Mapping[str, Any], tasks: bool) -> None:
         if value is not None:
             other = "is for text, and does not go with --tasks" if tasks else "goes with --tasks, such as --tasks quern"
             raise UserError(f"{option} {other}.")
-
-
-def _check_tasks(names: Sequence[str], folders: Sequence[Path], core_files: Path | None) -> None:
-    """What can be known to be wrong before the checkpoint is read."""
-    from evaluation.task_names import check_names
-
-    check_names([name for name in names if name != CORE], folders)
-    if (CORE in names) != (core_files is not None):
-        raise UserError(
-            "--tasks core and --core-files go together: the folder is DCLM's evaluation bundle, which "
-            "docs/evaluation.md says where to get."
-        )
-    if core_files is not None:
-        from evaluation.core import read_bundle
-
-        read_bundle(core_files)
 
 
 def _open(checkpoint: str, config: Config, process: Process, batch_size: int | None) -> Judged:
@@ -224,38 +208,6 @@ def _name(text: Sequence[Path] | None, source: str | None) -> str:
     return f"evaluation-{what[:100]}" if what else "evaluation"
 
 
-def _in_tasks(
-    judged: Judged,
-    names: Sequence[str],
-    folders: Sequence[Path],
-    core_files: Path | None,
-    fewshot: int | None,
-    limit: int | None,
-) -> list[TaskResult]:
-    from evaluation.core import read_bundle, run_core
-    from evaluation.downstream import run_tasks
-    from evaluation.harness import HarnessModel
-    from evaluation.task_names import find_tasks, question_settings
-
-    bars = progress()
-
-    def score(pairs: Sequence[tuple[Ids, Ids]]) -> list[Likelihood]:
-        bar = bars.add_task("Scoring answers", total=len(pairs))
-        found = judged.score(pairs, lambda done: bars.advance(bar, done))
-        bars.remove_task(bar)
-        return found
-
-    results: list[TaskResult] = []
-    with bars if judged.rank == 0 else nullcontext():
-        if others := [name for name in names if name != CORE]:
-            tasks = find_tasks(others, folders, **question_settings(judged.info.config["data"]))
-            model = HarnessModel(judged.tokenizer, judged.model.config.context_length, score, partial(_write, judged))
-            results += run_tasks(model, tasks, fewshot=fewshot, limit=limit)
-        if core_files is not None:
-            results += run_core(read_bundle(core_files, limit), judged.tokenizer, score)
-    return results
-
-
 def _write(judged: Judged, writings: Sequence[Writing]) -> list[str]:
     """The texts that a task asks to be written, each process writing its share."""
     import torch
@@ -283,21 +235,6 @@ def _write(judged: Judged, writings: Sequence[Writing]) -> list[str]:
     gathered: list[list[str]] = [[]] * judged.world_size
     torch.distributed.all_gather_object(gathered, texts)
     return [gathered[number % judged.world_size][number] for number in range(len(texts))]
-
-
-def _report_tasks(results: Sequence[TaskResult], judged: Judged, how: Mapping[str, Any], as_json: bool) -> None:
-    import json
-
-    from evaluation.downstream import print_results, save_results
-
-    about = {**judged.about, **how}
-    written = save_results(results, judged.folder / judged.file_name("tasks"), about)
-    if as_json:
-        print(json.dumps({one.name: {**about, **one.to_dict()} for one in results}, indent=1, ensure_ascii=False))
-    else:
-        print_results(results, f"{judged.info.path} (step {judged.info.step:,})")
-    where = sys.stderr if as_json else sys.stdout
-    print(f"Written to {written}. Next: python scripts/report.py", file=where)
 
 
 def _report(found: Evaluation, judged: Judged, held_out: HeldOut, stride: int, file_name: str, as_json: bool) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from socket import socket
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from inference.engine import Engine, Request
 from inference.prompting import chat_prompt, chat_stop_tokens
 from inference.sampling import SamplingSettings
+from inference.server.service import Service
+from scripts.serve import serve
 from tests.server_process import CONTEXT, Server, server_workspace, serving
 from tests.workspace import Workspace
 
@@ -321,3 +327,29 @@ class TestPage:
         answer = httpx.options(f"{server.address}/v1/completions", headers=asked)
         assert answer.status_code == 405
         assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_compile_makes_the_steps_of_the_server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile` itself stands aside: told is that it is asked, and that the server answers with what it made."""
+    made: list[str] = []
+
+    def compile_nothing(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        made.append(function.__name__)
+        return function
+
+    def answer_once(app: FastAPI, service: Service, listener: socket, grace: float) -> None:
+        with TestClient(app, base_url="http://localhost") as http:
+            body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 4, "seed": 3}
+            answers.append(http.post("/v1/completions", json=body).json()["choices"][0]["text"])
+        service.stop()
+
+    answers: list[str] = []
+    monkeypatch.chdir(workspace.folder)
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr("inference.server.run.serve_until_signal", answer_once)
+    monkeypatch.setattr("inference.server.logs.log_as_json", lambda: None)
+    ids = workspace.tokenizer.encode(PROMPT)
+    for compiled in (False, True):
+        serve([f"generation.compile={str(compiled).lower()}"], port=0)
+        assert bool(made) == compiled
+    assert answers == [expected(workspace, ids, 4, 3)] * 2
