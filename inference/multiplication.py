@@ -103,20 +103,18 @@ def multiply(
         r, token = begin + block * stride, 0
         target, units = out.ctypes.data + first * 4, operands.units[thread].ctypes.data if exact(kind) else 0
         four = r, r + apart, r + 2 * apart, r + 3 * apart
-        if exact(kind):
-            while token + 2 <= tokens:
-                pair = _twice(kind, weight, group_scale, four, end, width, x, token * width)
-                _store(kind, pair[0], units, row_scale, added, target, four, end, adding)
-                _store(kind, pair[1], units + 16, row_scale, added, target + size, four, end, adding)
-                token, units, target = token + 2, units + 2 * 16, target + 2 * size
-        else:
-            while token + 4 <= tokens:
-                found = _four_times(kind, weight, group_scale, four, end, width, x, token * width)
-                _store(kind, found[0], units, row_scale, added, target, four, end, adding)
-                _store(kind, found[1], units, row_scale, added, target + size, four, end, adding)
-                _store(kind, found[2], units, row_scale, added, target + 2 * size, four, end, adding)
-                _store(kind, found[3], units, row_scale, added, target + 3 * size, four, end, adding)
-                token, target = token + 4, target + 4 * size
+        while not exact(kind) and token + 4 <= tokens:  # sums of digits would not fit into the registers
+            found = _four_times(kind, weight, group_scale, four, end, width, x, token * width)
+            _store(kind, found[0], units, row_scale, added, target, four, end, adding)
+            _store(kind, found[1], units, row_scale, added, target + size, four, end, adding)
+            _store(kind, found[2], units, row_scale, added, target + 2 * size, four, end, adding)
+            _store(kind, found[3], units, row_scale, added, target + 3 * size, four, end, adding)
+            token, target = token + 4, target + 4 * size
+        while token + 2 <= tokens:
+            pair = _twice(kind, weight, group_scale, four, end, width, x, token * width)
+            _store(kind, pair[0], units, row_scale, added, target, four, end, adding)
+            _store(kind, pair[1], units + 16, row_scale, added, target + size, four, end, adding)
+            token, units, target = token + 2, units + 2 * 16, target + 2 * size
         while token < tokens:
             once = _once(kind, weight, group_scale, four, end, width, x, token * width)
             _store(kind, once, units, row_scale, added, target, four, end, adding)
