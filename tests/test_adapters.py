@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from scipy.stats import norm
 from torch import Tensor
 
@@ -15,10 +19,13 @@ from config.errors import UserError
 from config.load import load_config
 from config.training import AdapterConfig
 from model.checkpoint import load_checkpoint, load_model, save_checkpoint
+from model.checkpoint_folder import latest_checkpoint
 from model.quantized import Kind, QuantizedLinear, normal_levels
 from model.transformer import Transformer
+from scripts.export import export
 from tests.small_runs import new_transformer
-from tests.test_finetuning import ANIMALS, QUICK, fresh, here, write_lines
+from tests.test_finetuning import ANIMALS, QUICK, ROOT, fresh, here, write_lines
+from tests.workspace import make_workspace
 from training.adapters import adapt, adapter_tensors, is_adapted, merged_weights, weights_state
 
 LIVELY = ["model.zero_init_projections=false", "model.init_std=0.3"]
@@ -175,7 +182,7 @@ LORA = ["training.adapter.method=lora", "training.adapter.rank=4", "training.ada
 LASTING = ["training.epochs=30", "training.checkpoint_interval=10", "training.keep_last=9"]
 
 
-@pytest.fixture(scope="module", params=["lora", "dora-nf4"])
+@pytest.fixture(scope="module", params=["lora", pytest.param("dora-nf4", marks=pytest.mark.slow)])
 def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder after fine-tuning an adapter, and what the command printed."""
     folder = fresh(tmp_path_factory.mktemp("adapted"))
@@ -243,6 +250,96 @@ class TestCommand:
         assert not is_adapted(model)
         assert info.finetuning is not None and info.finetuning["format"] == "prompt-completion"
         assert weights_state(model).keys() == {"model"}
+
+
+@pytest.mark.slow
+def test_processes_and_micro_batches_make_the_same_update(tmp_path: Path) -> None:
+    """Promise 3. A large eps keeps AdamW from making a step of the sign of a rounding error."""
+    folder = fresh(tmp_path)
+    pairs = [{"prompt": f"{number}", "completion": "~" * (1 + 9 * (number % 4))} for number in range(20)]
+    write_lines(folder / "set.jsonl", *pairs)
+    common = [*QUICK, *LORA, "training.adapter.dropout=0", "training.adamw.eps=0.01", "training.epochs=2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for how, size in (([], 8), (launcher, 2)):
+        own = ["training.precision=fp32", f"training.micro_batch_size={size}", f"training.checkpoint_dir=of-{size}"]
+        command = [sys.executable, *how, str(ROOT / "scripts/finetune.py"), "--dataset", "set.jsonl", *common, *own]
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("weights are trained") == 1
+        found.append(load_checkpoint(latest_checkpoint(folder / f"of-{size}")))
+    assert found[0]["step"] == found[1]["step"] > 2
+    for part in ("model", "adapter"):
+        for name, value in found[0][part].items():
+            torch.testing.assert_close(found[1][part][name], value, rtol=1e-4, atol=1e-6)
+
+
+GPT2 = ["position=learned", "norm=layernorm", "activation=gelu", "bias=true", "qk_norm=false", "tie_embeddings=true"]
+LLAMA = ["activation=swiglu", "qk_norm=false", "n_kv_heads=1"]
+
+
+def adapted_workspace(folder: Path, shape: list[str], *settings: str) -> Transformer:
+    """A base and, as step 8 after it, the checkpoint of an adapter that does something; the adapted model."""
+    settings = ("method=lora", "rank=4", *settings)
+    training = ["training.optimizer=adamw", *[f"training.adapter.{setting}" for setting in settings]]
+    workspace = make_workspace(folder, *[f"model.{setting}" for setting in shape], *training)
+    model, state = workspace.model, load_checkpoint(workspace.checkpoint)
+    adapt(model, workspace.config.training.adapter, seed=0)
+    stir(model)
+    about = {"format": "text", "start": "checkpoints/model_step_7.pt", "base_fingerprint": "f00d"}
+    saved = {**state, **weights_state(model), "step": 8, "finetuning": about}
+    save_checkpoint(folder / "checkpoints/model_step_8.pt", saved)
+    return model
+
+
+class TestExport:
+    @pytest.mark.parametrize(
+        ("shape", "settings"),
+        [
+            ([], []),
+            pytest.param(LLAMA, ["method=dora"], marks=pytest.mark.slow),
+            pytest.param(GPT2, [], marks=pytest.mark.slow),
+            (GPT2, ["method=dora", "targets=[query, value, output]"]),
+        ],
+    )
+    def test_peft_gives_the_same_logits_on_the_exported_base(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: list[str], settings: list[str]
+    ) -> None:
+        from peft import PeftModel
+
+        monkeypatch.chdir(tmp_path)
+        model = adapted_workspace(tmp_path, shape, *settings)
+        export(Path("base"), checkpoint="checkpoints/model_step_7.pt")
+        export(Path("adapter"), to="adapter")
+        names = {path.name for path in Path("adapter").iterdir()}
+        assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+        assert "model_step_7.pt" in Path("adapter/README.md").read_text()
+        ids = tokens(model)
+        with torch.no_grad():
+            ours = load_model(tmp_path / "checkpoints/model_step_8.pt")[0](ids)
+            base = transformers.AutoModelForCausalLM.from_pretrained("base")
+            before = base(ids).logits
+            theirs = PeftModel.from_pretrained(base, "adapter")(ids).logits
+        assert (before - ours).abs().max() > 0.1
+        assert (theirs - ours).abs().max() < 1e-4
+
+    def test_what_holds_no_adapter_or_must_not_be_replaced(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        adapted_workspace(tmp_path, [])
+        with pytest.raises(UserError, match="model_step_7.pt holds no adapter"):
+            export(Path("adapter"), to="adapter", checkpoint="checkpoints/model_step_7.pt")
+        assert not Path("adapter").exists()
+        export(Path("adapter"), to="adapter")
+        with pytest.raises(UserError, match="adapter exists. Add --force"):
+            export(Path("adapter"), to="adapter")
+        export(Path("adapter"), to="adapter", force=True)
+        Path("adapter/mine.txt").write_text("kept")
+        with pytest.raises(UserError, match="holds other files"):
+            export(Path("adapter"), to="adapter", force=True)
 
 
 class TestRefusals:
