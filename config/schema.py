@@ -150,7 +150,7 @@ class GenerationConfig(Section):
     repetition_penalty: Rate
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)]
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)]
-    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100.0, le=100.0)]]
+    logit_bias: dict[Annotated[int, Field(ge=0)] | str, Annotated[float, Field(ge=-100.0, le=100.0)]]
     json_schema: str | None
     regex: str | None
     stop: list[str]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from config.errors import UserError
 from inference.choosing import check_bias, check_numbers
 from inference.constraints import Progress, unpack
 from inference.engine import Request
@@ -181,6 +182,8 @@ class BeamSearch:
         writing, progress = beam.writing.copy(), None if beam.progress is None else beam.progress.copy()
         if progress is not None:
             progress.push(token)
+            if progress.failure is not None:
+                raise UserError(progress.failure)
         complete, full = progress is not None and progress.ended, search.written >= search.limit
         text, finish = writing.push(token, complete, full)
         return _Beam(beam.slot, writing, progress, beam.text + text, total), finish

@@ -66,6 +66,11 @@ class Past:
         """Whether the text has a form after which nothing may follow."""
         return self.progress is not None and self.progress.ended
 
+    @property
+    def failure(self) -> str | None:
+        """Why the text's form could not be followed, if so."""
+        return None if self.progress is None else self.progress.failure
+
 
 class Chooser:
     """Draws for a batch of sequences, as long as none joins or leaves."""

@@ -60,6 +60,14 @@ class Progress:
         """Whether nothing may follow."""
         return bool(self._matcher.is_stopped())
 
+    @property
+    def failure(self) -> str | None:
+        """Why the form could not be followed so far, as where it is too complex at this place; else None."""
+        if not self._matcher.is_error():
+            return None
+        fault = self._matcher.get_error().strip().splitlines()[0]
+        return f"The form of the text could not be followed to its end: {fault.rstrip('.')}."
+
     def fill(self, bits: Tensor) -> None:
         """Set in `bits` `(words,)` int32, on the CPU, the bit of every token that may come next, the others to 0.
 
@@ -83,6 +91,10 @@ def json_schema(schema: Mapping[str, Any] | bool | str, tokenizer: Tokenizer) ->
 
     Raises `UserError` naming the fault where it is none, or holds what cannot be enforced.
     """
+    return Constraint(_schema_grammar(schema), tokenizer, "The JSON schema")
+
+
+def _schema_grammar(schema: Mapping[str, Any] | bool | str) -> str:
     from llguidance import LLMatcher
 
     if isinstance(schema, str):
@@ -92,8 +104,29 @@ def json_schema(schema: Mapping[str, Any] | bool | str, tokenizer: Tokenizer) ->
             raise UserError(f"The JSON schema is no JSON: {error}.") from error
     if not isinstance(schema, (Mapping, bool)):
         raise UserError(f"A JSON schema must be an object, such as {{}}, not {json.dumps(schema)[:40]}.")
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_WHITESPACE)  # type: ignore[arg-type]
-    return Constraint(grammar, tokenizer, "The JSON schema")
+    grammar: str = LLMatcher.grammar_from_json_schema(
+        json.dumps(schema), overrides=_WHITESPACE  # type: ignore[arg-type]
+    )
+    return grammar
+
+
+def check_regex(pattern: str) -> None:
+    """Raise `UserError` for a pattern that `regex` refuses; needs no tokenizer."""
+    from llguidance import LLMatcher
+
+    _check(LLMatcher.grammar_from_regex(pattern), f"The regular expression {pattern!r}")
+
+
+def check_json_schema(schema: str) -> None:
+    """Raise `UserError` for a schema, as text, that `json_schema` refuses; needs no tokenizer."""
+    _check(_schema_grammar(schema), "The JSON schema")
+
+
+def _check(grammar: str, what: str) -> None:
+    from llguidance import LLMatcher
+
+    if fault := LLMatcher.validate_grammar(grammar):
+        raise UserError(f"{what} cannot be used: {fault.strip().splitlines()[0]}")
 
 
 def json_object(tokenizer: Tokenizer) -> Constraint:

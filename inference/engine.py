@@ -61,7 +61,8 @@ class Piece:
     """What one step gave one sequence: a token, and the text that is certain since then (maybe none).
 
     The texts of a sequence joined are the text of its tokens up to the stop string or token. `finish` is None until the
-    last piece: "stop" for a stop string or token, "length" for `max_new_tokens` or a full context.
+    last piece: "stop" for a stop string or token, "length" for `max_new_tokens` or a full context, "error" where the
+    form that it was to have could not be followed, which `failure` tells more of.
     """
 
     sequence: int
@@ -69,6 +70,7 @@ class Piece:
     text: str
     finish: FinishReason | None
     logprobs: TokenLogprobs | None = None
+    failure: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -206,7 +208,8 @@ class Engine:
         """Append a drawn token to its sequence; work out the text it makes certain, and whether it is the last."""
         sequence.ids.append(token)
         text, finish = sequence.writing.push(token, sequence.past.ended, self._is_full(sequence))
-        return Piece(sequence.number, token, text, finish, logprobs)
+        failure = sequence.past.failure
+        return Piece(sequence.number, token, text, finish if failure is None else "error", logprobs, failure)
 
     def _is_full(self, sequence: _Sequence) -> bool:
         limited = sequence.request.context == "stop" and len(sequence.ids) >= self._model.config.context_length

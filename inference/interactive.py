@@ -13,7 +13,7 @@ import yaml
 
 from config.errors import UserError
 from config.load import config_from_dict
-from inference.choosing import check_bias
+from inference.colours import Display
 from inference.engine import Engine, Request
 from inference.prompting import (
     Message,
@@ -24,6 +24,7 @@ from inference.prompting import (
     constraint_of,
     make_requests,
     seed_of,
+    with_token_ids,
 )
 from inference.saving import Exchange, save_session
 from inference.terminal import Printer, Samples
@@ -48,7 +49,14 @@ class Session:
     """What the interactive mode remembers: settings and, with `chat`, the conversation."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, config: Config, chat: bool, printer: Printer, slots: int
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        config: Config,
+        chat: bool,
+        printer: Printer,
+        slots: int,
+        display: Display = Display(),
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
@@ -56,6 +64,7 @@ class Session:
         self._chat = chat
         self._printer = printer
         self._slots = slots
+        self._display = display
         self._messages: list[Message] = []
         self._exchanges: list[Exchange] = []
         self._engine: Engine | None = None
@@ -66,14 +75,14 @@ class Session:
         return self._config.generation
 
     def handle(self, line: str) -> None:
-        """Obey a command, or answer a text. A mistake in a command is printed."""
+        """Obey a command, or answer a text. A mistake is printed."""
         if not line.strip():
             return
-        if not line.startswith("/"):
-            self._answer(line)
-            return
         try:
-            self._obey(line)
+            if line.startswith("/"):
+                self._obey(line)
+            else:
+                self._answer(line)
         except UserError as error:
             self._say(f"{error}\n")
 
@@ -109,39 +118,47 @@ class Session:
         config = config_from_dict(tree, "/set")
         check_beams(config.generation, [key])
         constraint_of(config.generation, self._tokenizer)
-        check_bias(tuple(config.generation.logit_bias.items()), self._tokenizer.vocab_size)
+        with_token_ids(config.generation, self._tokenizer)
         self._config = config
         self._say(f"{key} = {getattr(self.settings, key)!r}\n")
 
     def _answer(self, text: str) -> None:
-        settings, context = self.settings, self._model.config.context_length
-        stop_tokens: list[int] = []
+        settings, context = with_token_ids(self.settings, self._tokenizer), self._model.config.context_length
+        stop_tokens, messages = list[int](), list[Message]()
         if self._chat:
-            self._messages.append({"role": "user", "content": text})
+            messages = [*self._messages, {"role": "user", "content": text}]
             settings = settings.model_copy(update={"num_samples": 1})
             room = min(settings.max_new_tokens, context // 2)
-            prompt, dropped = chat_prompt(self._tokenizer, self._messages, context, room)
+            prompt, dropped = chat_prompt(self._tokenizer, messages, context, room)
             if dropped:
-                self._messages = self._messages[dropped:]
+                messages = messages[dropped:]
                 self._say(f"(the conversation is longer than the model's context: the oldest {dropped} messages go)\n")
             stop_tokens = chat_stop_tokens(self._tokenizer)
         else:
             text_ids = self._tokenizer.encode(text.removeprefix(" ") if text.startswith(" /") else text)
             prompt = [*self._tokenizer.prefix_ids, *text_ids]
         requests = make_requests(
-            settings, prompt, seed_of(settings), stop_tokens, constraint_of(settings, self._tokenizer)
+            settings,
+            prompt,
+            seed_of(settings),
+            stop_tokens,
+            constraint_of(settings, self._tokenizer),
+            self._display.logprobs,
         )
         texts = self._search(settings, requests[0]) if settings.beams > 1 else self._draw(requests)
         if texts:
             self._exchanges.append((text, texts))
         if self._chat and texts:
-            self._messages.append({"role": "assistant", "content": texts[0]})
-        elif self._chat:
-            self._messages.pop()
+            self._messages = [*messages, {"role": "assistant", "content": texts[0]}]
 
     def _draw(self, requests: Sequence[Request]) -> tuple[str, ...]:
         """Show the texts as they come; what has come of them when all are finished, or at Ctrl-C."""
-        samples = Samples(len(requests), self._printer, lambda sample: self._begin("sample", sample, len(requests)))
+        samples = Samples(
+            len(requests),
+            self._printer,
+            lambda sample: self._begin("sample", sample, len(requests)),
+            self._display.rows,
+        )
         pieces = self._engine_of(min(self._slots, len(requests))).generate(requests)
         try:
             samples.show(pieces)

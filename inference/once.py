@@ -7,8 +7,17 @@ import time
 from typing import TYPE_CHECKING
 
 from config.schema import GenerationConfig
+from inference.colours import Display, legend
 from inference.engine import Engine
-from inference.prompting import best_texts, chat_prompt, chat_stop_tokens, constraint_of, make_requests, seed_of
+from inference.prompting import (
+    best_texts,
+    chat_prompt,
+    chat_stop_tokens,
+    constraint_of,
+    make_requests,
+    seed_of,
+    with_token_ids,
+)
 from inference.terminal import Printer, Samples
 
 if TYPE_CHECKING:
@@ -19,12 +28,19 @@ NEXT = "Next: python scripts/generate.py to try more, python scripts/finetune.py
 
 
 def write_once(
-    settings: GenerationConfig, model: Transformer, tokenizer: Tokenizer, text: str, chat: bool, slots: int
+    settings: GenerationConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: str,
+    chat: bool,
+    slots: int,
+    display: Display = Display(),
 ) -> None:
     """Write the texts for a prompt to standard output, drawn ones as they come, and what they took to standard error.
 
     Up to `slots` samples are drawn together. With `chat`, the prompt is a message to be answered.
     """
+    settings = with_token_ids(settings, tokenizer)
     context, stop_tokens = model.config.context_length, list[int]()
     if chat:
         ids, _ = chat_prompt(tokenizer, [{"role": "user", "content": text}], context, 0)
@@ -37,8 +53,9 @@ def write_once(
             file=sys.stderr,
         )
     seed = seed_of(settings)
-    requests = make_requests(settings, ids, seed, stop_tokens, constraint_of(settings, tokenizer))
-    printer, before = Printer(sys.stdout), "" if chat else text
+    form = constraint_of(settings, tokenizer)
+    requests = make_requests(settings, ids, seed, stop_tokens, form, display.logprobs)
+    printer, before = Printer(sys.stdout), "" if chat or display.rows is not None else text
     started = time.monotonic()
     if settings.beams > 1:
         found = best_texts(model, tokenizer, settings, requests[0])
@@ -54,8 +71,10 @@ def write_once(
             printer.write(before)
 
         engine = Engine(model, tokenizer, min(slots, len(requests)), compiled=settings.compile)
-        samples = Samples(len(requests), printer, begin)
+        samples = Samples(len(requests), printer, begin, display.rows)
         samples.show(engine.generate(requests))
+        if display.coloured:
+            print(legend())
         tokens, how = samples.tokens, f"seed {seed}"
     seconds = time.monotonic() - started
     print(f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} a second), {how}. {NEXT}", file=sys.stderr)

@@ -13,7 +13,8 @@ from config.schema import GenerationConfig
 from data.tokenization.chat import encode_messages
 from data.tokenization.special import END
 from inference.beams import BeamSearch, Found
-from inference.constraints import Constraint, json_object, json_schema, regex
+from inference.choosing import check_bias
+from inference.constraints import Constraint, check_json_schema, check_regex, json_object, json_schema, regex
 from inference.engine import Engine, Request
 from inference.sampling import SamplingSettings
 
@@ -32,8 +33,12 @@ def make_requests(
     seed: int,
     stop_tokens: Sequence[int] = (),
     constraint: Constraint | None = None,
+    logprobs: int | None = None,
 ) -> list[Request]:
-    """A request for each of `settings.num_samples` samples of one prompt; their seeds are seed, seed + 1 and so on."""
+    """A request for each of `settings.num_samples` samples of one prompt; their seeds are seed, seed + 1 and so on.
+
+    The settings must be such as `with_token_ids` gives.
+    """
     sampling = SamplingSettings(
         temperature=settings.temperature,
         top_k=settings.top_k,
@@ -43,7 +48,7 @@ def make_requests(
         typical_p=settings.typical_p,
         presence_penalty=settings.presence_penalty,
         frequency_penalty=settings.frequency_penalty,
-        logit_bias=tuple(settings.logit_bias.items()),
+        logit_bias=bias_of(settings),
     )
     return [
         Request(
@@ -53,6 +58,7 @@ def make_requests(
             seed + sample,
             tuple(settings.stop),
             tuple(stop_tokens),
+            logprobs=logprobs,
             constraint=constraint,
         )
         for sample in range(settings.num_samples)
@@ -97,12 +103,51 @@ def constraint_of(settings: GenerationConfig, tokenizer: Tokenizer) -> Constrain
         return None
     if settings.json_schema == "object":
         return json_object(tokenizer)
+    return json_schema(_read_schema(settings.json_schema), tokenizer)
+
+
+def check_form(settings: GenerationConfig) -> None:
+    """Raise `UserError` where `constraint_of` would, before there is a tokenizer."""
+    if settings.regex is not None:
+        check_regex(settings.regex)
+    elif settings.json_schema not in (None, "object"):
+        check_json_schema(_read_schema(settings.json_schema))
+
+
+def _read_schema(path: str) -> str:
     try:
-        return json_schema(Path(settings.json_schema).read_text(encoding="utf-8"), tokenizer)
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{settings.json_schema} is not a file that can be read. Give one with a JSON schema."
-        ) from error
+        raise UserError(f"{path} is not a file that can be read. Give one with a JSON schema.") from error
+
+
+def with_token_ids(settings: GenerationConfig, tokenizer: Tokenizer) -> GenerationConfig:
+    """The settings with the ids of the tokens that `logit_bias` names by their text.
+
+    Raises `UserError` for a text that is not one token, an id that is none, and a token that is named twice.
+    """
+    bias: dict[int | str, float] = {}
+    for name, value in settings.logit_bias.items():
+        token = name if isinstance(name, int) else _token_of(name, tokenizer)
+        if token in bias:
+            raise UserError(f"logit_bias: token {token} is named twice, the second time as {name!r}.")
+        bias[token] = value
+    resolved = settings.model_copy(update={"logit_bias": bias})
+    check_bias(bias_of(resolved), tokenizer.vocab_size)
+    return resolved
+
+
+def bias_of(settings: GenerationConfig) -> tuple[tuple[int, float], ...]:
+    """The bias as the sampler takes it, of settings with ids."""
+    return tuple((int(token), value) for token, value in settings.logit_bias.items())
+
+
+def _token_of(text: str, tokenizer: Tokenizer) -> int:
+    ids = tokenizer.encode(text, allow_special=True)
+    if len(ids) == 1:
+        return ids[0]
+    parts = ", ".join(f"{tokenizer.decode([token])!r} ({token})" for token in ids[:8])
+    raise UserError(f"logit_bias: {text!r} is not one token of this vocabulary, but {parts or 'none'}. Name one.")
 
 
 def seed_of(settings: GenerationConfig) -> int:
@@ -143,6 +188,7 @@ def sample_text(
     was_training = model.training
     model.eval()
     try:
+        settings = with_token_ids(settings, tokenizer)
         request = make_requests(settings, [*tokenizer.prefix_ids, *tokenizer.encode(prompt)], seed)[0]
         if settings.beams > 1:
             return prompt + best_texts(model, tokenizer, settings, request)[0].text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +51,13 @@ Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|mps", help="W
 Quantize = Annotated[
     str | None, typer.Option(metavar="none|int8|int4", help="Weights in fewer bits: faster on a CPU, less exact.")
 ]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TOKEN=BIAS", help="Added to the logit of a token, by text or id; may be repeated."),
+]
+Probabilities = Annotated[
+    bool, typer.Option("--probabilities", help="Colour each token by how sure the model was of it.")
+]
 Chat = Annotated[
     bool | None,
     typer.Option("--chat/--no-chat", help="Treat prompts as chat messages; by default as the model was trained."),
@@ -69,6 +77,7 @@ def generate(
     typical_p: TypicalP = None,
     presence_penalty: Presence = None,
     frequency_penalty: Frequency = None,
+    logit_bias: LogitBias = None,
     json_schema: JsonSchema = None,
     regex: Regex = None,
     max_new_tokens: MaxNewTokens = None,
@@ -80,6 +89,7 @@ def generate(
     device: Device = None,
     quantize: Quantize = None,
     chat: Chat = None,
+    probabilities: Probabilities = False,
     recipe: Recipe = None,
     print_config: PrintConfig = False,
 ) -> None:
@@ -98,6 +108,7 @@ def generate(
         "generation.typical_p": typical_p,
         "generation.presence_penalty": presence_penalty,
         "generation.frequency_penalty": frequency_penalty,
+        "generation.logit_bias": _biases(logit_bias) if logit_bias else None,
         "generation.json_schema": None if json_schema is None else json.dumps(json_schema),
         "generation.regex": None if regex is None else json.dumps(regex),
         "generation.max_new_tokens": max_new_tokens,
@@ -112,24 +123,29 @@ def generate(
     config = resolve(recipe, [*(overrides or []), *given], print_config)
     if stop:
         config = config.model_copy(update={"generation": config.generation.model_copy(update={"stop": stop})})
+    if probabilities and config.generation.beams > 1:
+        raise UserError("--probabilities shows those of drawn texts, not of a beam search. Leave it out, or --beams.")
     text = _read_prompt(prompt, prompt_file)
     from training.environment import calm_threads
 
     calm_threads()
     from inference.loading import load_for_generation
-    from inference.prompting import check_beams
+    from inference.prompting import check_beams, check_form
 
     explicit = [text.partition("=")[0] for text in [*(overrides or []), *given]]
     check_beams(config.generation, [key.removeprefix("generation.") for key in explicit])
+    check_form(config.generation)
     loaded = load_for_generation(checkpoint, config)
     model, tokenizer = loaded.model, loaded.tokenizer
     chat = loaded.chat if chat is None else chat
+    from inference.colours import Display, display_for, legend
     from inference.terminal import Printer
 
+    display = display_for(sys.stdout, tokenizer) if probabilities else Display()
     if text is not None:
         from inference.once import write_once
 
-        write_once(config.generation, model, tokenizer, text, chat, SLOTS)
+        write_once(config.generation, model, tokenizer, text, chat, SLOTS, display)
         return
     from inference.interactive import Session, talk
 
@@ -137,7 +153,26 @@ def generate(
     if sys.stdin.isatty():
         name = f"{model.num_parameters() / 1e6:,.1f}M parameters, context {model.config.context_length:,} tokens"
         print(f"{name}. Type a text; /help for help, Ctrl-D to leave.", file=sys.stderr)
-    talk(Session(model, tokenizer, config, chat, printer, SLOTS), printer)
+    if display.coloured:
+        print(legend())
+    talk(Session(model, tokenizer, config, chat, printer, SLOTS, display), printer)
+
+
+def _biases(options: list[str]) -> str:
+    """YAML of the biases: `50=-2` by a token's id, ` the=1` by its text, which may be quoted, as one of digits must."""
+    biases: list[str] = []
+    for option in options:
+        name, _, value = option.rpartition("=")
+        try:
+            bias = float(value)
+        except ValueError:
+            bias = math.nan
+        if not name or math.isnan(bias):
+            raise UserError(f"--logit-bias {option}: give a token and a number, such as 50=-2 or ' the=1'.")
+        quoted = len(name) > 2 and name[0] == name[-1] == '"'
+        text = json.dumps(name[1:-1] if quoted else name, ensure_ascii=False)
+        biases.append(f"{name if name.isdecimal() else text}: {bias}")
+    return f"{{{', '.join(biases)}}}"
 
 
 def _read_prompt(prompt: str | None, path: Path | None) -> str | None:

@@ -148,6 +148,7 @@ def _served(
     max_tokens: int | None,
 ) -> Served:
     """The model as its users see it."""
+    from inference.prompting import with_token_ids
     from inference.server.answers import Defaults, ModelCard
     from inference.server.prompts import Served
 
@@ -165,6 +166,7 @@ def _served(
         chat=loaded.chat if chat is None else chat,
         defaults=Defaults(max_tokens=limit, **shared),
     )
+    settings = with_token_ids(settings, loaded.tokenizer)
     return Served(card, loaded.tokenizer, settings, max_prompt_tokens, max_tokens)
 
 

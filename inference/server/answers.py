@@ -175,6 +175,7 @@ class Written:
 
     def add(self, piece: Piece, trail: Trail | None) -> None:
         """Take the next piece of it; `trail` follows the choice's tokens where their probabilities are asked for."""
+        assert piece.finish != "error", "which ends the generation"
         self.text += piece.text
         self.finish = piece.finish
         if trail is not None:

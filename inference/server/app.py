@@ -20,7 +20,16 @@ from inference.server.answers import ChatCompletion, Completion, ErrorBody, Mode
 from inference.server.errors import ApiError, from_validation
 from inference.server.limits import ErrorResponse, Gate, Limits
 from inference.server.metrics import CONTENT_TYPE
-from inference.server.prompts import Served, Task, chat_task, check_model, choices_of, completion_task, unknown_model
+from inference.server.prompts import (
+    Served,
+    Task,
+    chat_task,
+    check_model,
+    choices_of,
+    completion_task,
+    is_short,
+    unknown_model,
+)
 from inference.server.protocol import ChatBody, CompletionBody, GenerationBody
 from inference.server.service import Generation, Service
 from inference.server.streams import EventStream, Watch
@@ -131,7 +140,8 @@ async def _generate(
     generation = service.reserve(choices_of(body))
     watch = Watch(generation, request.receive, request.state.deadline)
     try:
-        task = await asyncio.to_thread(task_of, body, served)
+        short = is_short(body)
+        task = task_of(body, served) if short else await asyncio.to_thread(task_of, body, served)
         service.metrics.prompt_tokens.inc(task.prompt_tokens)
         generation.begin(task.requests)
         if body.stream:

@@ -13,7 +13,7 @@ from config.schema import GenerationConfig
 from data.tokenization.chat import encode_messages
 from inference.constraints import Constraint, json_object, json_schema
 from inference.engine import Request
-from inference.prompting import chat_stop_tokens
+from inference.prompting import bias_of, chat_stop_tokens
 from inference.sampling import SamplingSettings
 from inference.server.answers import ChatFormat, Format, ModelCard, TextFormat
 from inference.server.errors import ApiError, invalid
@@ -22,6 +22,9 @@ from inference.server.protocol import ChatBody, CompletionBody, GenerationBody, 
 
 if TYPE_CHECKING:
     from data.tokenization import Tokenizer
+
+
+SHORT = 2000  # characters, or tokens, of a prompt
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,16 @@ class Task:
 def choices_of(body: GenerationBody) -> int:
     """How many texts a request asks for."""
     return body.n * (len(body.prompts) if isinstance(body, CompletionBody) else 1)
+
+
+def is_short(body: GenerationBody) -> bool:
+    """Whether a task is made of `body` in less time than handing it to another thread takes."""
+    if isinstance(body, CompletionBody):
+        size = sum(len(prompt) for prompt in body.prompts)
+    else:
+        assert isinstance(body, ChatBody)
+        size = sum(len(message.plain()["content"]) for message in body.messages) + 100 * len(body.messages)
+    return size <= SHORT and body.response_format is None
 
 
 def check_model(body: GenerationBody, served: Served) -> None:
@@ -180,7 +193,7 @@ def _form(body: GenerationBody, tokenizer: Tokenizer) -> Constraint | None:
 def sampling_of(body: GenerationBody, served: Served) -> SamplingSettings:
     """The settings of a request, over those of the server."""
     settings, size = served.settings, served.tokenizer.vocab_size
-    biases = settings.logit_bias if body.biases is None else body.biases
+    biases = dict(bias_of(settings)) if body.biases is None else body.biases
     if (unknown := max(biases, default=0)) >= size:
         raise invalid("logit_bias", f"there is no token {unknown:,}; the vocabulary has {size:,}")
 

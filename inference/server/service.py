@@ -9,6 +9,9 @@
 A generation *holds places*, one for each of its sequences, from `reserve` to `close`. The engine's slots and the queue
 before them are that many places, so the engine never has more waiting than the queue may hold. What a slow reader has
 not fetched stays with its generation, which is bounded by the tokens that it asked for; it gets them joined.
+
+Both threads are of one interpreter, of which one at a time executes Python. The event loop does little at a time, and
+would often wait for its turn where the engine writes fast; so the engine stands back where a first token is waited for.
 """
 
 from __future__ import annotations
@@ -24,9 +27,12 @@ from typing import Any
 from config.errors import UserError
 from inference.engine import Engine, Piece, Request
 from inference.server.errors import ApiError, invalid, shutting_down, too_busy
+from inference.server.logs import FIELD
 from inference.server.metrics import Metrics
 
 log = logging.getLogger("quern.server")
+
+STANDS_BACK = 0.005  # seconds at most, for the event loop to send a first token on
 
 Arrival = tuple[int, Piece]  # which of a generation's sequences, and what it wrote
 
@@ -78,6 +84,10 @@ class Generation:
         for place, piece in arrived:
             if place not in self._unfinished:
                 continue  # on its way when the generation was closed
+            if piece.finish == "error":
+                log.error("a form could not be followed", extra={FIELD: {"reason": piece.failure}})
+                self.fail(ApiError(500, piece.failure or "", "form_failed"))
+                return
             if self._last[place]:
                 metrics.time_per_token.observe(now - self._last[place])
             else:
@@ -117,6 +127,8 @@ class Service:
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._generations: set[Generation] = set()
         self._numbers: dict[int, tuple[Generation, int]] = {}  # of the engine's thread alone
+        self._silent: set[int] = set()  # of those, what has written nothing yet
+        self._sent = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = False
@@ -180,7 +192,9 @@ class Service:
         def act(engine: Engine) -> None:
             try:
                 for place, request in enumerate(requests):
-                    self._numbers[engine.submit(request)] = (generation, place)
+                    number = engine.submit(request)
+                    self._numbers[number] = (generation, place)
+                    self._silent.add(number)
             except UserError as error:
                 self._tell(generation.fail, ApiError(400, str(error), "invalid_value"))
 
@@ -192,6 +206,7 @@ class Service:
         def act(engine: Engine) -> None:
             for number in [number for number, (owner, _) in self._numbers.items() if owner is generation]:
                 del self._numbers[number]
+                self._silent.discard(number)
                 engine.cancel(number)
 
         self._commands.put(act)
@@ -233,8 +248,14 @@ class Service:
                 arrived.setdefault(generation, []).append((place, piece))
                 if piece.finish is not None:
                     del self._numbers[piece.sequence]
-        if arrived:
-            self._tell(_deliver, arrived)
+        if not arrived:
+            return
+        first = not self._silent.isdisjoint(piece.sequence for piece in pieces)
+        self._silent.difference_update(piece.sequence for piece in pieces)
+        self._sent.clear()
+        self._tell(_deliver, arrived, self._sent)
+        if first:
+            self._sent.wait(STANDS_BACK)
 
     def _recover(self, engine: Engine, error: Exception) -> None:
         """End all sequences of a step that failed, so that the next ones find an empty engine."""
@@ -246,6 +267,7 @@ class Service:
         for number in self._numbers:
             engine.cancel(number)
         self._numbers.clear()
+        self._silent.clear()
 
     def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None
@@ -255,6 +277,7 @@ class Service:
             pass  # the event loop has ended, and with it those who would read
 
 
-def _deliver(arrived: dict[Generation, list[Arrival]]) -> None:
+def _deliver(arrived: dict[Generation, list[Arrival]], sent: threading.Event) -> None:
     for generation, pieces in arrived.items():
         generation.deliver(pieces)
+    asyncio.get_running_loop().call_soon(sent.set)  # after the tasks that this has woken
