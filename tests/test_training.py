@@ -50,6 +50,7 @@ from training.console import Console, count, duration
 from training.plan import make_plan
 from training.pretraining import open_pretraining
 from training.schedules import batch_rows, piece_length, rate_factor, sequences_through
+from training.setup import compiled
 
 HOW = ("attend_across", "masked")
 
@@ -547,6 +548,18 @@ class TestCompile:
         compiled = [*settings, *short, *often, "training.compile=true"]
         train_here(source, *compiled, model=model, evaluate=evaluate)
         assert counter.frame_count == 2
+
+    def test_more_shapes_than_pytorch_allows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It gives up at eight graphs of one function; a batch that grows may have more."""
+        counter = CompileCounter()
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+
+        def double(x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        fast = compiled(double)
+        assert all(fast(torch.ones(rows)).sum() == 2 * rows for rows in range(1, 13))
+        assert counter.frame_count == 12
 
     @pytest.mark.slow
     def test_a_compiled_run_learns_what_an_eager_one_does(self) -> None:

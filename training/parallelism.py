@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.attention import Shared
 from model.transformer import Transformer
 from training.distributed import Process
 from training.layout import Layout
@@ -38,12 +38,22 @@ def parallelise(model: Transformer, layout: Layout, compiling: bool) -> nn.Modul
         if compiling:
             model.blocks_compiled = True
             for block in model.blocks:
-                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+                block.forward = _compiled_in_training(block.forward)
         return model
     forward = compiled(model) if compiling else model
     if layout.data_size == 1:
         return forward
     return DistributedDataParallel(forward, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def _compiled_in_training(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The forward pass of a block, compiled but for generation, whose shapes change with every token."""
+    fast = compiled(plain)
+
+    def forward(x: Tensor, shared: Shared, value_embedding: Tensor | None = None) -> Tensor:
+        return (fast if shared.cache is None else plain)(x, shared, value_embedding)
+
+    return forward
 
 
 def averaged_over(forward: nn.Module) -> int:

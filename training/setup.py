@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
 
 from config.errors import UserError
 from config.schema import Config
@@ -21,6 +20,9 @@ from training.adapters import is_adapted, load_adapter
 from training.optimizers import Optimizers
 from training.precision import Precision
 from training.spikes import SPIKE, Skipped, SpikeGuard
+
+GRAPHS = 256
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
 @dataclass
@@ -145,8 +147,13 @@ def should_compile(config: Config, device: torch.device) -> bool:
     return bool(training.compile)
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    """`model` with its forward and backward pass compiled as one graph, once for each length of sequences."""
-    result = torch.compile(model, fullgraph=True, dynamic=False)
-    assert isinstance(result, nn.Module)
-    return result
+def compiled(function: Forward) -> Forward:
+    """A module or function with its forward and backward pass compiled as one graph, once for each shape it is given.
+
+    There may be many: of rows while the batch grows, of lengths, in training and evaluation, of blocks of every kind.
+    PyTorch would give up at eight.
+    """
+    import torch._dynamo.config
+
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    return cast(Forward, torch.compile(function, fullgraph=True, dynamic=False))
