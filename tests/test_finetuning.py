@@ -532,6 +532,19 @@ def fresh(folder: Path, *overrides: str) -> Path:
     return folder
 
 
+UNEVEN = [{"prompt": f"{number}", "completion": "~" * (1 + 9 * (number % 4))} for number in range(20)]
+"""One trained token beside many: each weighs the same, in whichever micro-batch or process it lies."""
+# A large eps keeps AdamW from making a step of the sign of a rounding error.
+EXACT = ["training.precision=fp32", "training.adamw.eps=0.01", "training.epochs=null", "training.max_steps=2"]
+
+
+def assert_same_weights(left: Path, right: Path) -> None:
+    """The same after two steps, but for rounding."""
+    weights = [load_checkpoint(folder / "model_step_2.pt")["model"] for folder in (left, right)]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-6, rtol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder after fine-tuning, validated on other prompts, and what the command printed."""
@@ -623,23 +636,36 @@ class TestCommand:
         assert here(folder, "--resume", "latest", "training.epochs=4")[0] == 0
         assert len(list((folder / "checkpoints/finetuned").glob("*.pt"))) > 1
 
-    def test_the_same_update_with_and_without_accumulation(self, tmp_path: Path) -> None:
-        """Examples with one trained token beside others with many: each token weighs the same in any micro-batch.
-
-        A large eps keeps AdamW from making a step of the sign of a rounding error.
-        """
+    @pytest.mark.parametrize("packing", ["false", "true"])
+    def test_the_same_update_with_and_without_accumulation(self, tmp_path: Path, packing: str) -> None:
         folder = fresh(tmp_path)
-        pairs = [{"prompt": f"{number}", "completion": "~" * (1 + 9 * (number % 4))} for number in range(10)]
-        write_lines(folder / "set.jsonl", *pairs)
-        weights = []
-        for size in (8, 2):
+        write_lines(folder / "set.jsonl", *UNEVEN)
+        for size in (8, 1):
             other = [f"training.micro_batch_size={size}", f"training.checkpoint_dir=size-{size}"]
-            other += ["training.precision=fp32", "training.adamw.eps=0.01", "data.finetuning.packing=false"]
-            status, _, _ = here(folder, "--dataset", "set.jsonl", *QUICK, *other, "training.epochs=2")
-            assert status == 0
-            weights.append(load_checkpoint(folder / f"size-{size}/model_step_2.pt")["model"])
-        for name in weights[0]:
-            torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-6, rtol=1e-4)
+            settings = [*QUICK, *EXACT, *other, f"data.finetuning.packing={packing}"]
+            status, output, errors = here(folder, "--dataset", "set.jsonl", *settings)
+            assert status == 0, errors
+            assert ("packed into 8 sequences" in output) == (packing == "true")
+        assert_same_weights(folder / "size-8", folder / "size-1")
+
+    @pytest.mark.slow
+    def test_two_processes_take_the_update_of_one_over_packed_examples(self, tmp_path: Path) -> None:
+        folder = fresh(tmp_path)
+        write_lines(folder / "set.jsonl", *UNEVEN)
+        settings = ["--dataset", "set.jsonl", *QUICK, *EXACT, "training.micro_batch_size=1"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        for name, how in (("one", []), ("two", launcher)):
+            done = subprocess.run(
+                [sys.executable, *how, str(ROOT / "scripts/finetune.py"), *settings, f"training.checkpoint_dir={name}"],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=600,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("packed into 8 sequences") == done.stdout.count("Next: python") == 1
+        assert_same_weights(folder / "one", folder / "two")
 
     def test_text_and_what_was_cut(self, tmp_path: Path) -> None:
         folder = fresh(tmp_path)
