@@ -10,8 +10,11 @@ import typer
 from config.command import Overrides, PrintConfig, Recipe, resolve, run, table_console
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from optuna import Study
 
+    from training.searcher import Place
     from training.sweep import Sweep
 
 File = Annotated[
@@ -21,12 +24,21 @@ Processes = Annotated[
     int | None,
     typer.Option("--processes", min=1, help="Runs at a time. Default: one for each GPU, or one."),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="auto|HOST:PORT", help="Run on a Ray cluster, as many at a time as it has room for."),
+]
+Cores = Annotated[
+    int, typer.Option("--cores", min=1, help="Cores of each run on a Ray cluster, which also gives it a GPU, if any.")
+]
 
 
 def sweep(
     file: File,
     overrides: Overrides = None,
     processes: Processes = None,
+    ray: Ray = None,
+    cores: Cores = 1,
     recipe: Recipe = None,
     print_config: PrintConfig = False,
 ) -> None:
@@ -38,32 +50,46 @@ def sweep(
     """
     if print_config:
         resolve(recipe, overrides, print_config)
+    from contextlib import nullcontext
+
     from config.files import exclusive
-    from training.sweep import Searcher, open_study, plot_study, read_sweep
+    from training.searcher import Searcher
+    from training.study import open_study, plot_study
+    from training.sweep import read_sweep
 
     plan = read_sweep(file, overrides or [], recipe)
     with exclusive(plan.directory / "study.db", f"The sweep {plan.name} is under way in another process."):
         study = open_study(plan)
         try:
-            Searcher(plan, study, _places(processes), print).search()
+            with _cluster(ray, cores, processes) if ray else nullcontext(_places(processes)) as places:
+                Searcher(plan, study, places, print).search()
         finally:
             _show(plan, study)
         for path in plot_study(study, plan.directory):
             print(f"Wrote {path}.")
 
 
-def _places(processes: int | None) -> list[dict[str, str]]:
-    """The environments of the runs that go on at a time: a GPU for each, where there are any."""
+def _cluster(address: str, cores: int, processes: int | None) -> AbstractContextManager[list[Place]]:
+    from training.on_ray import places_on_ray
+
+    return places_on_ray(address, cores, processes)
+
+
+def _places(processes: int | None) -> list[Place]:
+    """What starts the runs that go on at a time: with a GPU for each, where there are any."""
     import os
 
     import torch
 
+    def place(environment: dict[str, str]) -> Place:
+        return lambda run: run.start(environment)
+
     gpus = torch.cuda.device_count()
     if not gpus:
-        return [{}] * (processes or 1)
+        return [place({})] * (processes or 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(gpus)]
-    return [{"CUDA_VISIBLE_DEVICES": names[number % gpus]} for number in range(processes or gpus)]
+    return [place({"CUDA_VISIBLE_DEVICES": names[number % gpus]}) for number in range(processes or gpus)]
 
 
 def _show(plan: Sweep, study: Study) -> None:

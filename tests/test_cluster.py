@@ -56,19 +56,6 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     slurm_commands.cancel(folder)
 
 
-@pytest.fixture(scope="module")
-def ray_address() -> Iterator[str]:
-    """A Ray cluster of two nodes with a core each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.cluster_utils import Cluster
-
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        cluster.add_node(num_cpus=1)
-        yield cluster.address
-        cluster.shutdown()  # type: ignore[no-untyped-call]
-
-
 def on_cluster(kind: str, request: pytest.FixtureRequest) -> Callable[[], Executor]:
     """What makes an executor of that kind."""
     if kind == "ray":

@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from optuna.trial import TrialState
 
 from config.errors import UserError
 from tests.small_runs import SMALL, command, kill_when, metrics, start, write_corpus
-from training.sweep import Searcher, open_study, read_sweep, suggest
+from training.experiment import PlannedRun
+from training.searcher import Searcher
+from training.study import open_study, suggest
+from training.sweep import read_sweep
 
 SWEEP: dict[str, Any] = {
     "name": "rates",
@@ -93,10 +97,29 @@ def test_a_trial_worse_than_the_median_of_five_is_ended_early() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     said: list[str] = []
     searcher = Searcher(sweep, study, [], said.append)
-    searcher.running.append((trial, run, process, {}))
+    searcher.running.append((trial, run, process, PlannedRun.start))
     searcher.search()
     assert process.returncode == -signal.SIGTERM and "ended early at step 4: validation_loss 9.0000" in said[0]
     assert study.trials[5].state.name == "PRUNED"
+
+
+def test_hyperband_ends_poor_trials_at_its_rungs_and_spends_the_rest_on_good_ones() -> None:
+    """27 trials whose order never changes, measured every 4 of 36 steps: the rungs lie at 4, 12 and 36."""
+    settings = {**SWEEP["settings"], "training.max_steps": 36}
+    study = open_study(read_sweep(write(settings=settings, sampler="random", pruner="hyperband", trials=27)))
+    ended: dict[int, list[int]] = {}
+    for number in range(27):
+        trial, quality = study.ask(), (number * 7) % 27
+        for step in range(4, 37, 4):
+            trial.report(5.0 + quality - step / 100, step)
+            if trial.should_prune():
+                break
+        pruned = step < 36
+        study.tell(trial, None if pruned else 5.0 + quality, state=TrialState.PRUNED if pruned else TrialState.COMPLETE)
+        ended.setdefault(step, []).append(quality)
+    assert set(ended) == {4, 12, 36}
+    assert min(ended[36]) == 0 and sum(ended[4]) / len(ended[4]) > sum(ended[36]) / len(ended[36])
+    assert study.best_value == 5.0
 
 
 @pytest.mark.slow

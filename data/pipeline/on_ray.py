@@ -38,22 +38,7 @@ class RayCluster:
         self.address = address
 
     def __enter__(self) -> Self:
-        try:
-            import ray
-        except ImportError as error:
-            raise UserError(
-                "data.executor=ray needs Ray, which is not installed: pip install -e '.[ray]' (on every node)."
-            ) from error
-        try:
-            host, colon, port = self.address.rpartition(":")
-            if colon and port.isdigit():  # Ray itself takes two minutes to give up
-                socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
-            ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"There is no Ray cluster at data.ray_address={self.address}. Start one with ray start --head, "
-                "give the address of another, or set data.executor=local."
-            ) from error
+        connect(self.address, "data.ray_address=", "set data.executor=local")
         return self
 
     def __exit__(
@@ -91,6 +76,29 @@ class RayCluster:
                     lost = True
         if lost:
             raise WorkersKilled
+
+
+def connect(address: str, option: str, instead: str) -> None:
+    """Join the Ray cluster at `address`, which was given by `option`; `instead` is what would do without one.
+
+    Raises `UserError` where there is none, or no Ray.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(
+            f"{option}{address} needs Ray, which is not installed: pip install -e '.[ray]' (on every node)."
+        ) from error
+    try:
+        host, colon, port = address.rpartition(":")
+        if colon and port.isdigit():  # Ray itself takes two minutes to give up
+            socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"There is no Ray cluster at {option}{address}. Start one with ray start --head, give the address of "
+            f"another, or {instead}."
+        ) from error
 
 
 def run_task(content: bytes, rank: int, folder: str) -> int:

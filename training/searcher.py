@@ -1,0 +1,119 @@
+"""The runs of a search: started where there is room, watched, and ended early where the study says so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from config.errors import UserError
+from training.experiment import PlannedRun
+from training.study import suggest
+from training.sweep import Sweep
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import Trial
+
+POLL = 0.5  # seconds between looks at what the runs have logged
+
+
+class Process(Protocol):
+    """A run under way, as `subprocess.Popen` shows it. `terminate` asks it to save and stop."""
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status that `poll` or `wait` found."""
+
+    def poll(self) -> int | None:
+        """The exit status; None while it runs."""
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    def wait(self) -> int:
+        """Wait for its end."""
+
+
+Place = Callable[[PlannedRun], Process]
+
+
+class Searcher:
+    """Tries what the study asks for, at most one run at a time in each of `places`, which start them."""
+
+    def __init__(self, sweep: Sweep, study: Study, places: Sequence[Place], say: Callable[[str], None]) -> None:
+        self.sweep, self.study, self.say = sweep, study, say
+        self.free = list(places)
+        self.running: list[tuple[Trial, PlannedRun, Process, Place]] = []
+        self.started = time.monotonic()
+        self.failed = 0
+
+    def search(self) -> None:
+        """Until the budget is spent. An interruption stops the runs with a checkpoint; they go on the next time.
+
+        Raises `UserError` where three runs in a row fail.
+        """
+        try:
+            while self._more() or self.running:
+                while self.free and self._more():
+                    self._begin()
+                for one in list(self.running):
+                    self._look(*one)
+                time.sleep(POLL)
+        finally:
+            for _, _, process, _ in self.running:
+                process.terminate()
+            for _, _, process, _ in self.running:
+                process.wait()
+
+    def _more(self) -> bool:
+        from optuna.trial import TrialState
+
+        if self.sweep.hours is not None and time.monotonic() - self.started > 3600 * self.sweep.hours:
+            return False
+        done = self.study.get_trials(False, (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING))
+        if self.sweep.trials is not None and len(done) >= self.sweep.trials:
+            return False
+        return self.sweep.sampler != "grid" or bool(self.study.get_trials(False, (TrialState.WAITING,)))
+
+    def _begin(self) -> None:
+        trial = self.study.ask()
+        name = trial.user_attrs.get("run") or f"{self.sweep.name}-{trial.number:03d}"
+        trial.set_user_attr("run", name)
+        run = self.sweep.run(name, suggest(trial, self.sweep.space))
+        place = self.free.pop()
+        self.running.append((trial, run, place(run), place))
+
+    def _look(self, trial: Trial, run: PlannedRun, process: Process, place: Place) -> None:
+        """Tell the study what the run has logged since, and how it ended, if it has."""
+        from optuna.trial import TrialState
+
+        ended = process.poll() is not None
+        metric = self.sweep.metric
+        found = {row["step"]: row[metric] for row in run.rows if row.get(metric) is not None}
+        known = self.study.get_trials(False)[trial.number].intermediate_values
+        for step, value in found.items():
+            if step not in known:
+                trial.report(value, step)
+        pruned = not ended and bool(found) and trial.should_prune()
+        if not (ended or pruned):
+            return
+        if pruned:
+            process.terminate()
+            process.wait()
+        self.running.remove((trial, run, process, place))
+        self.free.append(place)
+        values = ", ".join(f"{key}={value}" for key, value in trial.params.items())
+        if pruned:
+            self.study.tell(trial, state=TrialState.PRUNED)
+            self.say(f"{run.name}  {values}  ended early at step {max(found)}: {metric} {found[max(found)]:.4f}")
+        elif process.returncode == 0 and run.result is not None and found:
+            self.study.tell(trial, found[max(found)])
+            self.failed = 0
+            self.say(f"{run.name}  {values}  {metric} {found[max(found)]:.4f}")
+        else:
+            self.study.tell(trial, state=TrialState.FAIL)
+            self.failed += 1
+            self.say(f"{run.name}  {values}  {run.failure()}")
+            if self.failed == 3:
+                raise UserError(f"Three runs in a row failed, so the sweep ends here. {run.failure()}")
