@@ -25,7 +25,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         raise UserError(f"Can't listen on {host}, port {port}: {error}. Choose another with --port.") from error
-    # Connections inherit it. Else the system holds a chunk back until the client has acknowledged the one before, 40 ms.
+    # Connections inherit it. Else a chunk waits until the client has acknowledged the one before, 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
