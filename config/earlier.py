@@ -20,6 +20,8 @@ BEFORE: dict[str, Any] = {
         "learning_rate": None,
         "adamw": {"embedding_learning_rate": None, "head_learning_rate": None, "scalar_learning_rate": None},
         "muon": {"orthogonalisation": "newton_schulz", "second_moment": None},
+        "objective": "next_token",
+        "dpo": {"beta": 0.1, "label_smoothing": 0.0},
         "cautious_weight_decay": False,
         "z_loss": 0.0,
         "fp8": False,
@@ -48,13 +50,16 @@ BEFORE: dict[str, Any] = {
 
 
 def with_keys_added_since(saved: Any, before: dict[str, Any] = BEFORE) -> Any:
-    """`saved`, the resolved configuration of an earlier run, with the keys of `before` that its sections lack."""
+    """`saved`, the resolved configuration of an earlier run, with the keys of `before` that its sections lack.
+
+    What is a section of a section may be lacking as a whole.
+    """
     if not isinstance(saved, dict):
         return saved
     whole = dict(saved)
     for key, value in before.items():
         if not isinstance(value, dict):
             whole.setdefault(key, value)
-        elif key in whole:
-            whole[key] = with_keys_added_since(whole[key], value)
+        elif key in whole or before is not BEFORE:
+            whole[key] = with_keys_added_since(whole.get(key, {}), value)
     return whole

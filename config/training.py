@@ -76,6 +76,13 @@ class AdapterConfig(Section):
     quantize: Literal["int8", "int4", "nf4"] | None
 
 
+class DPOConfig(Section):
+    """Direct preference optimisation (Rafailov et al., 2023)."""
+
+    beta: Rate
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)]
+
+
 class WandbConfig(Section):
     """Weights & Biases."""
 
@@ -109,6 +116,8 @@ class TrainingConfig(Section):
     documents: Literal["attend_across", "masked"]
     gradient_checkpointing: Literal["none", "selective", "full"]
     adapter: AdapterConfig
+    objective: Literal["next_token", "dpo"]
+    dpo: DPOConfig
     optimizer: Literal["adamw", "muon"]
     learning_rate: Literal["auto"] | None
     adamw: AdamWConfig
@@ -152,6 +161,10 @@ class TrainingConfig(Section):
             )
         if self.fp8 and self.tensor_parallel > 1:
             raise ValueError("fp8: goes with tensor_parallel=1 alone")
+        if self.objective == "dpo" and self.tensor_parallel > 1:
+            raise ValueError("objective: dpo goes with tensor_parallel=1 alone")
+        if self.objective == "dpo" and self.z_loss:
+            raise ValueError("z_loss: goes with objective=next_token alone; set it to 0.0")
         if self.micro_batch_size != "auto" and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size: batch_size={self.batch_size} is not divisible by "

@@ -53,7 +53,7 @@ def evaluate_samples(
         for begin in range(0, len(mine), batch_size):
             batch = mine[begin : begin + batch_size]
             numbers = batch[batch < len(samples)]
-            inputs, targets = (part.to(device) for part in _batch(samples, batch.clip(max=len(samples) - 1)))
+            inputs, targets = (part.to(device) for part in batch_of(samples, batch.clip(max=len(samples) - 1)))
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 logits = model(inputs)
             losses = nn.functional.cross_entropy(
@@ -71,7 +71,7 @@ def evaluate_samples(
     return summarize(sums.cpu().double().numpy())
 
 
-def _batch(samples: Samples, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
+def batch_of(samples: Samples, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
     """Inputs and targets `(batch, time)` int64, as long as the last target of the batch needs."""
     pairs: list[Any] = [samples.sample(int(number)) for number in numbers]
     inputs, targets = (np.stack([pair[part] for pair in pairs]).astype(np.int64) for part in (0, 1))

@@ -77,8 +77,11 @@ def figures(run: RunFiles) -> list[tuple[str, str]]:
     """The figures at the top of the page, as (label, value)."""
     found = run.evaluation
     loss = found.get("loss", run.last("validation_loss"))
+    preferring = run.last("reward_margin") is not None
     pairs = [
-        ("held-out loss, nats per token", _number(loss, ".3f")),
+        (f"held-out loss{' of DPO, nats per pair' if preferring else ', nats per token'}", _number(loss, ".3f")),
+        ("reward accuracy, of held-out pairs", _number(run.last("reward_accuracy"), ".1%")),
+        ("reward margin, of held-out pairs", _number(run.last("reward_margin"), ".3f")),
         ("perplexity", _number(found.get("perplexity"), ",.1f")),
         ("bits per byte", _number(found.get("bits_per_byte"), ".3f")),
         ("steps", _number(run.last("step"), ",")),

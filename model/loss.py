@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from model.sharding import RowsHeld, rows_held
 
@@ -53,6 +54,36 @@ def linear_cross_entropy(
         wants_gradient and weight.requires_grad,
     )
     return cast(Tensor, loss)
+
+
+def token_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, soft_cap: float | None = None
+) -> Tensor:
+    """The cross-entropy of each token by itself, `(tokens,)` float32, 0 where the target is -100.
+
+    For losses that are no plain sum of it, whose gradient is not known before all of them are. Arguments are those of
+    `linear_cross_entropy`; here, too, only the logits of one chunk exist at a time: those of the others are made anew
+    in the backward pass.
+    """
+    rows = CPU_CHUNK if hidden.device.type == "cpu" else CHUNK
+    parts = [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
+    return torch.cat(
+        [
+            checkpoint(
+                *(_cross_entropies, hidden[part], weight, targets[part], vocab_size, soft_cap),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for part in parts
+        ]
+    )
+
+
+def _cross_entropies(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, soft_cap: float | None
+) -> Tensor:
+    logits = soft_capped(F.linear(hidden, weight).float(), soft_cap)
+    return F.cross_entropy(logits[:, :vocab_size], targets, ignore_index=IGNORED, reduction="none")
 
 
 def soft_capped(logits: Tensor, cap: float | None) -> Tensor:

@@ -16,7 +16,7 @@ from model.attention import Attention, Shared
 from model.cache import KVCache
 from model.feed_forward import FeedForward
 from model.init import NoDefaultInit, initialise
-from model.loss import linear_cross_entropy, soft_capped
+from model.loss import linear_cross_entropy, soft_capped, token_cross_entropy
 from model.masks import cached_masks, causal_masks, flex_takes, positions_in
 from model.norms import make_norm
 from model.positions import RotaryTables, Rotation
@@ -99,18 +99,25 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         cache: KVCache | None = None,
         documents: Tensor | None = None,
+        each: bool = False,
     ) -> Tensor:
         """Predict the token after each of `tokens` `(batch, T)` int64.
 
         Without `targets`: logits `(batch, T, vocab_size)`. With `targets` `(batch, T)` int64: the sum of the
         cross-entropy in nats, a float32 scalar, over the targets that are not -100; divide it by their global number.
-        Where `z_loss` is set, its gradient also pulls log(sum(exp(logits))) towards 0; see `linear_cross_entropy`.
+        With `each`, that of every target by itself, `(batch, T)` float32, 0 where it is -100.
+        Where `z_loss` is set, the gradient of the sum also pulls log(sum(exp(logits))) towards 0; see
+        `linear_cross_entropy`.
         With a cache, `tokens` continue each row at `cache.lengths`, which grow by T. With `documents` `(batch, T)`,
         integers that are the same along each document, no token sees one of another document, and positions count
         from the beginning of each (rotary ones are relative anyway); they do not go with a cache. Raises ValueError
         where T tokens do not fit into the context or the cache.
         """
         hidden = self._hidden(tokens, cache, documents)
+        if targets is not None and each:
+            flat, cap = hidden.flatten(0, 1), self.config.logit_soft_cap
+            losses = token_cross_entropy(flat, self.output_weight, targets.flatten(), self._vocab_size, cap)
+            return losses.view_as(targets)
         if targets is not None:
             flat, cap = hidden.flatten(0, 1), self.config.logit_soft_cap
             return linear_cross_entropy(flat, self.output_weight, targets.flatten(), self._vocab_size, cap, self.z_loss)

@@ -18,13 +18,15 @@ from config.command import (
     run,
     with_determinism,
 )
-from config.errors import UserError
 from training.signals import expect_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
     from data.examples.reading import Example
+    from evaluation.pairs import PairJudge
     from evaluation.perplexity import Evaluation
     from model.transformer import Transformer
     from training.finetuning import Finetuning
@@ -80,7 +82,9 @@ def finetune(
 
     An example is {"prompt": ..., "completion": ...}, {"messages": [{"role": ...,
     "content": ...}, ...]} or {"text": ...}. Completions and what the assistant says
-    are trained; text is trained from its beginning. Settings: config/recipes/finetune.yaml.
+    are trained; text is trained from its beginning. Of {"prompt": ..., "chosen": ...,
+    "rejected": ...} the model learns to prefer the chosen answer (DPO), with
+    --config config/recipes/dpo.yaml. Settings: config/recipes/finetune.yaml.
     """
     from training.environment import calm_threads
 
@@ -99,19 +103,22 @@ def finetune(
     if preview:
         show_examples(job, preview)
         return
-    if job.pairs:
-        raise UserError("A chosen and a rejected answer are no text to go on with: the next token cannot be trained.")
+    from training.preference_pairs import require_objective
+
+    require_objective(job)
     import os
     from dataclasses import replace
 
     from evaluation.run_report import write_page
     from training.adapters import describe, is_adapted
     from training.determinism import determinism
+    from training.objectives import DirectPreference
     from training.starting_model import starting_model
     from training.trainer import train
 
     introduce(job)
-    evaluate = _evaluator(job)
+    judge = _judge(job) if job.pairs else None
+    evaluate = judge.evaluate if judge else _evaluator(job)
     with determinism(job.config.training.deterministic):
         model = starting_model(job, evaluate)
     if model is not None and is_adapted(model) and not int(os.environ.get("RANK", 0)):
@@ -127,6 +134,7 @@ def finetune(
         model=model,
         resume=job.resume,
         finetuning=job.about,
+        objective=DirectPreference(judge.settings, job.about, judge.references) if judge else None,
         recipe=starting_config(replace(asked, overrides=[]))[0] if job.resume is None else None,
         page=write_page,
         profile=profile,
@@ -157,6 +165,18 @@ def _evaluator(job: Finetuning) -> Callable[[Transformer, int, int], Evaluation]
         )
 
     return evaluate
+
+
+def _judge(job: Finetuning) -> PairJudge:
+    """What measures pairs of answers, to train on and to validate on."""
+    from evaluation.pairs import PairJudge
+    from training.precision import Precision
+
+    def autocast(device: torch.device) -> torch.dtype | None:
+        precision = Precision(job.config.training.precision, device)
+        return precision.dtype if precision.mixed else None
+
+    return PairJudge(job.train, job.validation, job.config.training.dpo, job.about, autocast)
 
 
 def _asker(job: Finetuning) -> Callable[[Transformer, int, int], float] | None:
@@ -212,8 +232,8 @@ def _answer(job: Finetuning, directory: Path, tuned: Path) -> bool:
         write_before_after(
             directory,
             (job.start, tuned),
-            job.validation,
-            spread(len(job.validation), most),
+            job.questions,
+            spread(len(job.questions), most),
             job.tokenizer,
             lambda model, asked: greedy_answers(model, job.tokenizer, asked, job.config.generation.max_new_tokens),
             device,
@@ -238,10 +258,15 @@ def _report(job: Finetuning, result: TrainResult) -> None:
         return
     loss, before = result.validation_loss, job.about["loss_before"]
     assert loss is not None
-    print(
+    learnt = (
         f"Loss on {len(job.validation):,} held-out examples: {before:.4f} before, {loss:.4f} after "
         f"(perplexity {math.exp(before):.2f} before, {math.exp(loss):.2f} after)."
     )
+    if job.pairs:
+        from evaluation.pairs import learnt_of_pairs
+
+        learnt = learnt_of_pairs(result.run_dir, len(job.questions), before, loss)
+    print(learnt)
     best, prompt = told_best(result), _prompt(job.probe)
     answered = best is not None and _answer(job, result.run_dir, best)
     print(

@@ -178,9 +178,11 @@ class TestSnapshots:
         training = tree["training"]
         del training["muon"]["orthogonalisation"], training["muon"]["second_moment"]
         del training["adamw"]["head_learning_rate"], training["learning_rate"], training["cautious_weight_decay"]
+        del training["objective"], training["dpo"], training["early_stopping"]
         found = config_from_dict(with_keys_added_since(tree), "model_step_5.pt").training
         assert (found.muon.orthogonalisation, found.muon.second_moment) == ("newton_schulz", None)
         assert (found.adamw.head_learning_rate, found.learning_rate, found.cautious_weight_decay) == (None, None, False)
+        assert (found.objective, found.early_stopping.patience) == ("next_token", None)
 
     def test_the_configuration_is_frozen(self) -> None:
         with pytest.raises(ValueError):

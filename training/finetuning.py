@@ -74,6 +74,14 @@ class Finetuning:
         """The pairs to train on, where the set is of preferences."""
         return self.source if isinstance(self.source, PairSamples) else None
 
+    @property
+    def questions(self) -> ExampleSamples:
+        """The held-out examples that a model may be asked: of pairs, the chosen sides."""
+        if self.pairs is None:
+            return self.validation
+        chosen = [self.validation.encoded(number) for number in range(0, len(self.validation), 2)]
+        return ExampleSamples(chosen, self.validation.pad_id, self.about["context_length"])
+
 
 def starting_config(asked: Asked) -> tuple[Config, Path, Path | None]:
     """The configuration, the checkpoint fine-tuning begins or began with, and the one it goes on from, if any.

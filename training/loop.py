@@ -2,8 +2,9 @@
 
 A step, in the order of the code:
 
-1. The loader gives this process its rows of the global batch, and the processes tell one another how many targets of
-   the whole batch are valid. That number travels between the hosts; no device is waited for.
+1. The loader gives this process its rows of the global batch, and the processes tell one another how many targets (or
+   pairs, as the objective counts) of the whole batch are valid. That number travels between the hosts; no device is
+   waited for.
 2. Each micro-batch adds the gradient of its *summed* loss over that global count. So every valid token weighs the same,
    in whichever micro-batch or process it lies, however many of its neighbours are masked.
 3. Gradients are clipped by their global norm. A step whose norm is not finite is left out by the optimizers, on the
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from config.errors import UserError
 from config.schema import Config
-from data.data_loader import IGNORED, Batch, DataLoader, SampleSource
+from data.data_loader import Batch, DataLoader, SampleSource
 from data.places import places
 from model.transformer import Transformer
 from training import randomness
@@ -37,6 +38,7 @@ from training.distributed import Process
 from training.gauges import memory_in_use, temperature
 from training.measuring import Ask, EarlyStopping, Evaluate, Measured, Sample, due_at
 from training.meter import Meter
+from training.objectives import Objective
 from training.optimizers import Optimizers
 from training.parallelism import aside, averaged_over, micro_batch
 from training.plan import Plan
@@ -71,6 +73,7 @@ class Loop:
     requests: Requests
     guard: SpikeGuard
     stopping: EarlyStopping
+    objective: Objective
     evaluate: Evaluate
     ask: Ask | None
     sampler: Sample | None
@@ -95,6 +98,7 @@ class Loop:
             pin_memory=process.device.type == "cuda",
         )
         places_of = partial(places, source, seed=training.seed)
+        self.objective.begin(self.model, process)
         gc.freeze()
         try:
             if self._was_enough(self.progress.step):
@@ -144,7 +148,7 @@ class Loop:
         flops_per_token = self.model.flops_per_token(length)
         self.meter.add(plan.tokens_of(step), flops_per_token)
         self.progress.flops += plan.tokens_of(step) * flops_per_token
-        valid = process.total(int((batch.targets != IGNORED).sum()))
+        valid = process.total(self.objective.count(batch))
         if valid == 0:
             self.progress.empty_steps += 1
             return
@@ -158,7 +162,7 @@ class Loop:
         for number, part in enumerate(micro_batches, start=1):
             with micro_batch(self.forward, last=number == len(micro_batches)):
                 with self.precision.autocast():
-                    loss: Tensor = self.forward(part.inputs, part.targets, documents=part.documents)
+                    loss = self.objective.loss(self.forward, part)
                 scaled = self.precision.scaler.scale(loss * (averaged_over(self.forward) / valid))
                 scaled.backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
@@ -197,7 +201,9 @@ class Loop:
         share = self.process.data_rank, self.process.data_size
         with self.meter.aside(), randomness.undisturbed(), aside(self.model):
             if judging:
-                measured["validation_loss"] = self.validation_loss = self.evaluate(self.model, *share).loss
+                found = self.evaluate(self.model, *share)
+                measured["validation_loss"] = self.validation_loss = found.loss
+                measured |= {name: getattr(found, name) for name in self.objective.measures}
             if ask is not None:
                 # A sharded model is run by all processes or none, so each answers every question.
                 alone = self.plan.layout.shares_weights
@@ -238,9 +244,10 @@ class Loop:
             return
         row = {
             "step": step,
-            "tokens": self.plan.sequences_through(step) * self.plan.sequence_length,
+            "tokens": self.plan.tokens_through(step),
             "loss": reading.loss,
             "validation_loss": measured.get("validation_loss"),
+            **{name: measured.get(name) for name in self.objective.measures},
             **({} if self.ask is None else {"task_accuracy": measured.get("task_accuracy")}),
             "learning_rate": self.optimizers.learning_rate,
             "gradient_norm": reading.gradient_norm,

@@ -18,7 +18,10 @@ from training.schedules import batch_rows, sequences_through
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`rows` are the sequences of one process in a step, seen in equal forward passes of at most `micro_rows`."""
+    """`rows` are the samples of one process in a step, seen in equal forward passes of at most `micro_rows`.
+
+    A sample is one sequence, or `sample_rows` of them, as where two answers are compared.
+    """
 
     layout: Layout
     steps: int
@@ -27,15 +30,20 @@ class Plan:
     sequence_length: int
     rows: int
     micro_rows: int
+    sample_rows: int = 1
 
     @property
     def tokens_per_step(self) -> int:
         """Input tokens of one optimizer step, over all processes, once the batch has grown."""
-        return self.batch_size * self.sequence_length
+        return self.batch_size * self.sample_rows * self.sequence_length
 
     def tokens_of(self, step: int) -> int:
         """Input tokens of `step`, which are fewer while the batch grows."""
-        return batch_rows(self.batch_warmup, step, self.batch_size) * self.sequence_length
+        return batch_rows(self.batch_warmup, step, self.batch_size) * self.sample_rows * self.sequence_length
+
+    def tokens_through(self, step: int) -> int:
+        """Input tokens of the steps up to `step`, that one included."""
+        return self.sequences_through(step) * self.sample_rows * self.sequence_length
 
     def sequences_through(self, step: int) -> int:
         """Sequences of the steps up to `step`, that one included."""
@@ -55,8 +63,10 @@ def sequence_length(model: ModelConfig, training: TrainingConfig) -> int:
     return training.sequence_length or model.context_length
 
 
-def make_plan(config: Config, samples: int, world_size: int, examples_per_sample: float = 1.0) -> Plan:
-    """Plan a run over `samples` sequences per epoch on `world_size` processes.
+def make_plan(
+    config: Config, samples: int, world_size: int, examples_per_sample: float = 1.0, sample_rows: int = 1
+) -> Plan:
+    """Plan a run over `samples` samples per epoch on `world_size` processes.
 
     `training.batch_size` counts examples; where a sample holds several, a step has so many samples as hold as many.
 
@@ -94,4 +104,5 @@ def make_plan(config: Config, samples: int, world_size: int, examples_per_sample
         sequence_length=sequence_length(config.model, training),
         rows=rows,
         micro_rows=rows if training.micro_batch_size == "auto" else training.micro_batch_size,
+        sample_rows=sample_rows,
     )

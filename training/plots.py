@@ -53,7 +53,7 @@ def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     if later:
         margin = 0.06 * (max(later) - min(later)) + 0.02
         losses.set_ylim(min(later) - 2 * margin, max(later) + margin)
-    losses.set_ylabel("loss (nats per token)")
+    losses.set_ylabel(f"loss (nats per {'pair' if any('reward_margin' in row for row in rows) else 'token'})")
     losses.set_title(title)
     if trained or evaluated:
         losses.legend(frameon=False)

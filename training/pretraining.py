@@ -43,6 +43,11 @@ def open_pretraining(config: Config, checkpoint: Path | None) -> Pretraining:
     """
     if config.training.adapter.method is not None:
         raise UserError("training.adapter is for fine-tuning alone. Set training.adapter.method=null.")
+    if config.training.objective != "next_token":
+        raise UserError(
+            f"training.objective={config.training.objective} is for pairs of answers: python scripts/finetune.py. "
+            "Set training.objective=next_token."
+        )
     tokens = TokenFiles(local(config.data.tokens_dir, "data.tokens_dir"), "train")
     state = load_checkpoint(checkpoint) if checkpoint is not None else None
     if checkpoint is not None and state is not None:

@@ -24,8 +24,11 @@ def largest_micro_batch(
     process: Process,
     state_bytes: int = 0,
     memory: int | None = None,
+    sample_rows: int = 1,
 ) -> int:
     """The largest divisor of `rows` that fits as sequences of `length` tokens, the same in every process.
+
+    Each of the `rows` stands for `sample_rows` sequences.
 
     On a GPU each size is run, ascending, until one does not fit; everything is freed again. On a CPU, whose memory ends
     with a killed process, what a pass keeps for its backward half is measured for one and two sequences and carried on.
@@ -35,7 +38,7 @@ def largest_micro_batch(
     Raises `UserError` where not even one sequence fits.
     """
     room = (1.0 - MARGIN) * (_free(process.device) if memory is None else memory) - state_bytes
-    probe = _Probe(model, length, precision, process.device)
+    probe = _Probe(model, length, sample_rows, precision, process.device)
     found = 0
     with randomness.undisturbed():
         for size in divisors(rows):
@@ -54,8 +57,11 @@ def largest_micro_batch(
 class _Probe:
     """Measures what a forward and backward pass needs beside the weights, gradients included."""
 
-    def __init__(self, model: nn.Module, length: int, precision: Precision, device: torch.device) -> None:
-        self.model, self.length, self.precision, self.device = model, length, precision, device
+    def __init__(
+        self, model: nn.Module, length: int, sample_rows: int, precision: Precision, device: torch.device
+    ) -> None:
+        self.model, self.precision, self.device = model, precision, device
+        self.sample_rows, self.length = sample_rows, length
         self.per_row: int | None = None
 
     def needs(self, rows: int) -> int | None:
@@ -69,7 +75,7 @@ class _Probe:
         return self.fixed + 2 * rows * self.per_row  # as much again for what the backward pass makes on its way
 
     def _loss(self, rows: int) -> Tensor:
-        tokens = torch.zeros((rows, self.length), dtype=torch.int64, device=self.device)
+        tokens = torch.zeros((rows * self.sample_rows, self.length), dtype=torch.int64, device=self.device)
         with self.precision.autocast():
             loss: Tensor = self.model(tokens, tokens)
         return loss

@@ -11,6 +11,7 @@ from model.transformer import Transformer
 from training.adapters import adapt
 from training.finetuning import Finetuning
 from training.measuring import Evaluate
+from training.objectives import LOSS_BEFORE
 from training.reproduction import weights_hash
 from training.setup import new_model
 
@@ -34,7 +35,7 @@ def starting_model(job: Finetuning, evaluate: Evaluate) -> Transformer | None:
     model = new_model(job.config, choose_device(job.config.training.device, int(os.environ.get("LOCAL_RANK", 0))))
     load_weights(model, load_checkpoint(job.start), job.start)
     if job.resume is None:
-        job.about["loss_before"] = evaluate(model, 0, 1).loss
+        job.about["loss_before"] = LOSS_BEFORE if job.pairs else evaluate(model, 0, 1).loss
     if adapter.method is None:
         return model
     found = weights_hash(model)

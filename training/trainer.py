@@ -22,6 +22,7 @@ from training.environment import keep_freed_memory
 from training.loop import Loop
 from training.measuring import Ask, EarlyStopping, Evaluate, Sample
 from training.meter import Meter
+from training.objectives import NextToken, Objective
 from training.optimizers import Optimizers, make_optimizers
 from training.parallelism import deal, parallelise
 from training.plan import Plan, make_plan
@@ -73,6 +74,7 @@ def train(
     resume: Path | None = None,
     data_fingerprint: str | None = None,
     finetuning: dict[str, Any] | None = None,
+    objective: Objective | None = None,
     recipe: Config | None = None,
     page: Page | None = None,
     profile: bool = False,
@@ -82,6 +84,7 @@ def train(
 
     `model` gives start weights (fine-tuning), else they are drawn from `training.seed`; `resume` is a checkpoint to
     continue bit for bit. `finetuning` is what every checkpoint is to tell of the examples: their format above all.
+    `objective` is what to learn: by default, the next token.
     `recipe` is the configuration before single settings changed it, for the record; `page` draws the run's page now
     and then; `profile` watches a few steps and writes to `profile/` in the run's folder.
     With `keep_name`, a run of the same name that came to no checkpoint is this one, and is begun again.
@@ -97,7 +100,8 @@ def train(
         catch_signals(requests),
         determinism(config.training.deterministic),
     ):
-        plan = make_plan(config, len(source), process.world_size, getattr(source, "examples_per_sample", 1.0))
+        shape = (getattr(source, "examples_per_sample", 1.0), getattr(source, "sample_rows", 1))
+        plan = make_plan(config, len(source), process.world_size, *shape)
         config = choose_rates(config, plan)
         training = config.training
         precision = Precision(training.precision, process.device)
@@ -170,6 +174,7 @@ def train(
             requests=requests,
             guard=guard,
             stopping=stopping,
+            objective=objective or NextToken(),
             evaluate=evaluate,
             ask=ask,
             sampler=sampler,
@@ -203,7 +208,8 @@ def _probe(model: Transformer, plan: Plan, precision: Precision, process: Proces
     """The micro-batch that fits. Moments that are not there yet will take twice the weights, as AdamW's do."""
     owners = {parameter for part in optimizers.parts.values() for parameter in part.state}
     coming = sum(2 * parameter.nbytes for parameter in optimizers.parameters if parameter not in owners)
-    return largest_micro_batch(model, plan.rows, plan.sequence_length, precision, process, coming)
+    length, each = plan.sequence_length, plan.sample_rows
+    return largest_micro_batch(model, plan.rows, length, precision, process, coming, sample_rows=each)
 
 
 def _open_record(process: Process, *parts: Any) -> Record | None:

@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from data.examples.encoding import Encoded
     from data.examples.samples import ExampleSamples
 
-ROWS = 2
-
 
 class PairSamples:
-    """Samples of two rows of `length // 2` tokens (a `SampleSource`), with one pair in them, or several packed.
+    """Samples of `sample_rows` rows of `length` tokens (a `SampleSource`), with one pair in them, or several packed.
 
     `sides` holds the chosen and the rejected side of each pair in turn, with the prompt in both. A pair is one document
     of its sample, and takes the same places in both rows: those that its longer side needs. So rows tell of every token
     which pair it belongs to, and that is how the two sides find together again.
     """
 
+    sample_rows = 2
+
     def __init__(self, sides: ExampleSamples, context_length: int, packing: bool) -> None:
         self.sides = sides
-        self._sizes = sides.lengths.reshape(-1, ROWS).max(axis=1) - 1
+        self._sizes = sides.lengths.reshape(-1, self.sample_rows).max(axis=1) - 1
         self._bins = Bins(self._sizes, context_length, packing)
-        self.length = ROWS * self._bins.length
+        self.length = self._bins.length
 
     def __len__(self) -> int:
         return len(self._bins)
@@ -51,14 +51,14 @@ class PairSamples:
 
     def pair(self, number: int) -> tuple[Encoded, Encoded]:
         """The chosen side of a pair, and the rejected one."""
-        return self.sides.encoded(ROWS * number), self.sides.encoded(ROWS * number + 1)
+        return self.sides.encoded(self.sample_rows * number), self.sides.encoded(self.sample_rows * number + 1)
 
     def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-        """Inputs, targets (-100 where nothing is trained) and numbers of pairs, each `(length,)` int32.
+        """Inputs, targets (-100 where nothing is trained) and numbers of pairs, each `(2 * length,)` int32.
 
         The first half of each is the row of what was chosen, the second that of what was rejected.
         """
-        shape = (ROWS, self.length // ROWS)
+        shape = (self.sample_rows, self.length)
         inputs = np.full(shape, self.sides.pad_id, dtype=np.int32)
         targets = np.full(shape, IGNORED, dtype=np.int32)
         documents = np.full(shape, NOTHING, dtype=np.int32)
@@ -74,4 +74,4 @@ class PairSamples:
 
     def place(self, index: int) -> str:
         """Where its pairs were read."""
-        return ", ".join(self.sides.place(ROWS * number) for number in self._bins.members(index))
+        return ", ".join(self.sides.place(self.sample_rows * number) for number in self._bins.members(index))

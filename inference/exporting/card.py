@@ -80,5 +80,6 @@ def _facts(subject: Subject) -> dict[str, str]:
             info.finetuning["format"], info.finetuning["format"]
         )
     if info.validation_loss is not None:
-        facts["validation loss"] = f"{info.validation_loss:.4f} nats per token"
+        unit = "pair" if info.finetuning and "reference" in info.finetuning else "token"
+        facts["validation loss"] = f"{info.validation_loss:.4f} nats per {unit}"
     return facts
