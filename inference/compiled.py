@@ -35,6 +35,8 @@ class CompiledRunner:
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor:
         """See `Runner`."""
+        for chunk in chunks:
+            self._lengths[chunk.row] = chunk.start
         single = [chunk for chunk in chunks if len(chunk.tokens) == 1]
         decoded = self._run_single(single) if single else None
         for chunk in chunks:
@@ -51,11 +53,10 @@ class CompiledRunner:
     def _run_single(self, chunks: Sequence[Chunk]) -> Tensor:
         """Logits `(rows, vocab_size)` of all rows; those of rows that are not due mean nothing."""
         # A row that is not due gets a token past its end, or in the last place, which no other text can begin with.
-        lengths = [min(length, self._cache.max_length - 1) for length in self._lengths]
-        tokens = [0] * len(lengths)
+        tokens = [0] * len(self._lengths)
         for chunk in chunks:
-            lengths[chunk.row], tokens[chunk.row] = chunk.start, chunk.tokens[0]
-        self._cache.set_lengths(lengths)
+            tokens[chunk.row] = chunk.tokens[0]
+        self._cache.set_lengths([min(length, self._cache.max_length - 1) for length in self._lengths])
         self._tokens.copy_(torch.tensor(tokens)[:, None])
         cast(Any, torch.compiler).cudagraph_mark_step_begin()
         logits: Tensor = self._decode(self._tokens, cache=self._cache)

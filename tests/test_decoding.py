@@ -234,14 +234,14 @@ def test_a_checkpoint_is_loaded_in_the_type_and_bits_that_are_asked_for(
 @pytest.mark.slow
 @torch.inference_mode()
 def test_compiled_steps_give_the_same_and_compile_once() -> None:
-    """Texts that join, leave a gap, fill more than a block, and reach the end of the cache."""
+    """Texts that join, leave a gap, fill more than a block, reach the end of the cache, and borrow another's beginning."""
     wide = [*SMALL, *LIVELY, "model.context_length=600", "model.n_kv_heads=1", "model.window=40"]
     model = Transformer(with_vocab_size(load_config([], [*wide, "model.window_pattern=SL"]), VOCABULARY).model).eval()
     tokens = torch.randint(0, VOCABULARY, (600,), generator=torch.Generator().manual_seed(0)).tolist()
     torch.compiler.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    runner = CompiledRunner(model, KVCache(model.config, 3), backend="aot_eager")
-    plain = CPURunner(model, KVCache(model.config, 3))
+    caches = [KVCache(model.config, 3) for _ in range(2)]
+    runner, plain = CompiledRunner(model, caches[0], backend="aot_eager"), CPURunner(model, caches[1])
     for chunks in (
         [Chunk(2, 0, tokens[:5])],
         [Chunk(2, 5, tokens[5:6]), Chunk(0, 0, tokens[:BLOCK])],
@@ -252,4 +252,8 @@ def test_compiled_steps_give_the_same_and_compile_once() -> None:
         [Chunk(2, 9, tokens[9:10])],
     ):
         torch.testing.assert_close(runner.run(chunks), plain.run(chunks), rtol=1e-4, atol=1e-4)
+    for cache in caches:
+        cache.copy_row(2, 1, 8)
+    borrowed = [Chunk(2, 10, tokens[10:11]), Chunk(1, 8, tokens[20:27])]
+    torch.testing.assert_close(runner.run(borrowed), plain.run(borrowed), rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
