@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 Kind = Literal["int8", "int4", "nf4"]
 _FACTORS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)  # of the scale by the largest weight, which are tried
-_ROWS = 4096  # of a matrix that are worked on at once
+_ROWS = 1024  # of a matrix that are worked on at once
 _TAIL = 0.9677083  # of the normal distribution: QLoRA's outermost quantile
 
 
@@ -130,7 +130,7 @@ def _pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     levels = normal_levels().to(weight.device)
     between = (levels[1:] + levels[:-1]) / 2
     shares = torch.where(scales == 0, 0.0, groups / scales.float())
-    return _paired(torch.bucketize(shares, between).to(torch.uint8)), scales.squeeze(2)
+    return _paired(torch.bucketize(shares, between, out_int32=True).to(torch.uint8)), scales.squeeze(2)
 
 
 def _paired(bits: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Source = Annotated[str, typer.Argument(metavar="FOLDER|OWNER/NAME", help="A folder on disk, or a model of the hub.")]
 Revision = Annotated[str | None, typer.Option(metavar="REV", help="A branch, tag or commit on the hub.")]
+Adapter = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="A LoRA or DoRA in peft's format, to be merged into the model.")
+]
 Output = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Where the checkpoint goes; by default checkpoints/NAME.")
 ]
@@ -30,6 +33,7 @@ def import_model(
     source: Source,
     overrides: Overrides = None,
     revision: Revision = None,
+    adapter: Adapter = None,
     output: Output = None,
     context_length: ContextLength = None,
     recipe: Recipe = None,
@@ -49,8 +53,11 @@ def import_model(
     from training.environment import calm_threads
 
     calm_threads()
+    from model.huggingface.adapter import check_adapter
     from model.huggingface.folder import PATTERNS, describe, read_model
 
+    if adapter is not None:
+        check_adapter(adapter)
     folder = Path(source)
     if not folder.is_dir():
         if source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -62,7 +69,7 @@ def import_model(
         raise UserError("--revision goes with a model of the hub, not with a folder.")
     about = describe(folder)
     tokenizer = _tokenizer(folder, about.endings, about.pad)
-    model = read_model(folder, about.architecture)
+    model = read_model(folder, about.architecture, adapter)
     if tokenizer.vocab_size > (model.config.vocab_size or 0):
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens, more than the model's {model.config.vocab_size:,}."

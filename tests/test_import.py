@@ -89,7 +89,7 @@ def write(folder: Path, kind: str = "Llama", dtype: torch.dtype = torch.float32,
     else:
         shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         sizes = {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.3}
-        config = getattr(transformers, f"{kind}Config")(**shape, **sizes, **shared, **options)
+        config = getattr(transformers, f"{kind}Config")(**{**shape, **sizes, **shared, **options})
         model = getattr(transformers, f"{kind}ForCausalLM")(config)
     model = model.to(dtype).eval()
     model.generation_config.eos_token_id = ends
@@ -239,13 +239,78 @@ def test_what_cannot_be_imported_is_named_and_nothing_is_written(
 ) -> None:
     write(tmp_path / "theirs")
     damage(tmp_path / "theirs")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["import.py", "theirs", "--output", "ours"])
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
+    code, error = call_import(monkeypatch, tmp_path), capsys.readouterr().err
+    assert code == 1 and re.search(sentence, error) and error.count("\n") == 1, error
+    assert not (tmp_path / "ours").exists()
+
+
+def write_adapter(folder: Path, base: Any, **options: Any) -> Any:
+    """A LoRA with random weights for `base` in `folder`; returns the model with it."""
+    from peft import LoraConfig, get_peft_model
+
+    asked = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+    adapted: Any = get_peft_model(base, asked)
+    for name, value in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+def call_import(monkeypatch: pytest.MonkeyPatch, where: Path, *arguments: str) -> object:
+    """Import `theirs` as `ours`; returns the exit status."""
+    monkeypatch.chdir(where)
+    monkeypatch.setattr(sys, "argv", ["import.py", "theirs", "--output", "ours", *arguments])
+    with pytest.raises(SystemExit) as ended:
         import_module("scripts.import").main()
-    error = capsys.readouterr().err
-    assert stopped.value.code == 1 and re.search(sentence, error) and error.count("\n") == 1, error
+    return ended.value.code
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_is_merged_into_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dora: bool) -> None:
+    base = write(tmp_path / "theirs")
+    ids = torch.randint(0, 400, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        plain = base(ids).logits
+    adapted = write_adapter(tmp_path / "adapter", base, use_dora=dora)
+    assert call_import(monkeypatch, tmp_path, "--adapter", "adapter") == 0
+    with torch.inference_mode():
+        expected, own = adapted(ids).logits, load_model(tmp_path / "ours" / "model_step_0.pt")[0](ids)
+    torch.testing.assert_close(own[..., : expected.shape[-1]], expected, rtol=0, atol=1e-4)
+    assert (expected - plain).abs().max() > 0.1
+
+
+def _deeper(folder: Path) -> None:
+    write_adapter(folder, write(folder.parent / "deeper", num_hidden_layers=3))
+
+
+def _wider(folder: Path) -> None:
+    write_adapter(folder, write(folder.parent / "wider", hidden_size=64))
+
+
+def _shallower(folder: Path) -> None:
+    write_adapter(folder, write(folder.parent / "shallower", num_hidden_layers=1))
+
+
+@pytest.mark.parametrize(
+    "prepare,sentence",
+    [
+        (_deeper, r"for another base.*layers\.2"),
+        (_shallower, r"for another base.*layers\.1"),
+        (_wider, "for another base.*size mismatch"),
+        (lambda folder: None, "no adapter in adapter: adapter_config.json is missing"),
+    ],
+    ids=["deeper", "shallower", "wider", "none"],
+)
+def test_an_adapter_for_another_base_is_refused(
+    tmp_path: Path, prepare: Callable[[Path], None], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    write(tmp_path / "theirs")
+    prepare(tmp_path / "adapter")
+    capsys.readouterr()
+    code, error = call_import(monkeypatch, tmp_path, "--adapter", "adapter"), capsys.readouterr().err
+    assert code == 1 and error.count("\n") == 1 and re.search(sentence, error), error
     assert not (tmp_path / "ours").exists()
 
 

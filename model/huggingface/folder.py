@@ -56,14 +56,15 @@ def describe(folder: Path) -> Description:
     return Description(architecture, tuple(map(int, listed)), config.get("pad_token_id"))
 
 
-def read_model(folder: Path, architecture: str) -> Transformer:
-    """The model in `folder`, in the dtype of its configuration, on the CPU.
+def read_model(folder: Path, architecture: str, adapter: Path | None = None) -> Transformer:
+    """The model in `folder`, in the dtype of its configuration, on the CPU; the `adapter` in that folder merged in.
 
     Raises `UserError` where weights are missing, left over or damaged, and for every option without a counterpart.
     """
     import transformers
     from safetensors import SafetensorError
 
+    from model.huggingface.adapter import merge_adapter
     from model.huggingface.importing import from_huggingface
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -78,7 +79,7 @@ def read_model(folder: Path, architecture: str) -> Transformer:
     for what, keys in (("lacks", found["missing_keys"]), ("has, beside those of its kind,", found["unexpected_keys"])):
         if keys:
             raise UserError(f"The model in {folder} {what} the weight {sorted(keys)[0]}.")
-    return from_huggingface(theirs)
+    return from_huggingface(theirs if adapter is None else merge_adapter(theirs, adapter))
 
 
 def _read(path: Path) -> dict[str, Any]:
