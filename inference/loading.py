@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 from typing import TYPE_CHECKING
 
 import torch
 
 from config.schema import Config
 from data.tokenization.matching import matching_tokenizer
+from inference.cpu import CPUModel
 from inference.memory import settle_
 from inference.quantization import quantize_
+from inference.runners import Chunk, CPURunner
+from model.cache import KVCache
 from model.checkpoint import CheckpointInfo, load_model
 from model.checkpoint_folder import resolve_checkpoint
 from model.devices import DTYPES, automatic_precision, choose_device
@@ -20,6 +26,7 @@ from model.transformer import Transformer
 if TYPE_CHECKING:
     from data.tokenization import Tokenizer
 
+SLOW = 5.0  # seconds; machine code from an earlier run is loaded in less
 ONE_THREAD_BELOW = 16_000_000  # parameters: products of a smaller model take less time than waking other threads
 
 
@@ -36,13 +43,18 @@ class Loaded:
     info: CheckpointInfo
 
 
-def load_for_generation(checkpoint: str, config: Config) -> Loaded:
+def tell(sentence: str) -> None:
+    """Say something to the person at the terminal, beside what is written for programs."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def load_for_generation(checkpoint: str, config: Config, say: Callable[[str], object] = tell) -> Loaded:
     """Load `checkpoint` (its path, a folder of them, or "latest") as `config` says.
 
     That is `training.device`, `training.checkpoint_dir` for the latest one, `data.tokenizer_dir` and
     `generation.precision`, whose `auto` is what the device is fast in on a GPU; on a CPU the weights stay as they were
-    saved, so that a seed gives the same text; and `generation.quantize`. Raises `UserError` where the checkpoint, its
-    tokenizer or the device is missing or unfit.
+    saved, so that a seed gives the same text; and `generation.quantize`. `say` tells what takes long. Raises
+    `UserError` where the checkpoint, its tokenizer or the device is missing or unfit.
     """
     path = resolve_checkpoint(checkpoint, Path(config.training.checkpoint_dir))
     device, precision = choose_device(config.training.device), config.generation.precision
@@ -55,4 +67,19 @@ def load_for_generation(checkpoint: str, config: Config) -> Loaded:
         torch.set_num_threads(1)
     places = [config.data.tokenizer_dir, info.config["data"]["tokenizer_dir"]]
     tokenizer = matching_tokenizer(info.tokenizer_fingerprint, [Path(place) for place in places])
+    slowly = Timer(SLOW, lambda: say("Compiling the kernels that generate, once on this machine: about half a minute."))
+    slowly.daemon = True
+    slowly.start()
+    try:
+        _compile_kernels(model)
+    finally:
+        slowly.cancel()
     return Loaded(model, tokenizer, bool(info.finetuning and info.finetuning["format"] == "messages"), info)
+
+
+@torch.inference_mode()
+def _compile_kernels(model: Transformer) -> None:
+    """Have the machine code for `model` before a person, or a request, waits for the first token."""
+    if CPUModel.takes(model):
+        cache = KVCache(model.config, 1, 1, dtype=model.token_embedding.weight.dtype)
+        CPURunner(model, cache).run([Chunk(0, 0, [0])])

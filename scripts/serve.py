@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -102,9 +103,9 @@ def serve(
     from inference.server.service import Service
 
     with listen(host, port) as listener:
-        loaded = load_for_generation(checkpoint, config)
-        served = _served(loaded, config, model_name, chat, max_prompt_tokens, max_tokens)
         log_as_json()
+        loaded = load_for_generation(checkpoint, config, logging.getLogger("quern.server").info)
+        served = _served(loaded, config, model_name, chat, max_prompt_tokens, max_tokens)
         service = Service(
             lambda: Engine(loaded.model, loaded.tokenizer, max_concurrent, compiled=config.generation.compile),
             max_concurrent + queue,

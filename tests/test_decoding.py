@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from model.cache import KVCache
 from model.quantized import Kind, QuantizedLinear
 from model.transformer import Transformer
 from scripts.generate import generate
+from tests.small_runs import ROOT
 from tests.test_engine import KINDS as ENGINE_KINDS
 from tests.workspace import LIVELY, SMALL, make_workspace
 
@@ -234,7 +238,7 @@ def test_a_checkpoint_is_loaded_in_the_type_and_bits_that_are_asked_for(
 @pytest.mark.slow
 @torch.inference_mode()
 def test_compiled_steps_give_the_same_and_compile_once() -> None:
-    """Texts that join, leave a gap, fill more than a block, reach the end of the cache, and borrow another's beginning."""
+    """Texts that join, leave a gap, fill more than a block, reach the end of the cache, and borrow a beginning."""
     wide = [*SMALL, *LIVELY, "model.context_length=600", "model.n_kv_heads=1", "model.window=40"]
     model = Transformer(with_vocab_size(load_config([], [*wide, "model.window_pattern=SL"]), VOCABULARY).model).eval()
     tokens = torch.randint(0, VOCABULARY, (600,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -257,3 +261,19 @@ def test_compiled_steps_give_the_same_and_compile_once() -> None:
     borrowed = [Chunk(2, 10, tokens[10:11]), Chunk(1, 8, tokens[20:27])]
     torch.testing.assert_close(runner.run(borrowed), plain.run(borrowed), rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+
+
+def test_machine_code_is_there_when_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, where nothing else has brought it in."""
+    monkeypatch.chdir(tmp_path)
+    make_workspace(tmp_path)
+    program = """
+from config.load import load_config
+from inference.decoding import step
+from inference.loading import load_for_generation
+assert not step.signatures
+load_for_generation("latest", load_config([], []))
+assert len(step.signatures) == 1
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
