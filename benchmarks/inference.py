@@ -183,7 +183,7 @@ def ours(model: Transformer, rows: int) -> Write:
 class _NoText:
     """What the engine needs of a tokenizer, without texts, which cost next to nothing; no token ends one."""
 
-    end_of_text_id = -1
+    ending_ids = ()
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
