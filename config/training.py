@@ -75,6 +75,11 @@ class AdapterConfig(Section):
     targets: Literal["all"] | Annotated[list[AdapterTarget], Field(min_length=1)]
     quantize: Literal["int8", "int4", "nf4"] | None
 
+    @property
+    def title(self) -> str:
+        """The method as its papers write it; for one that is set."""
+        return {"lora": "LoRA", "dora": "DoRA"}[str(self.method)]
+
 
 class DPOConfig(Section):
     """Direct preference optimisation (Rafailov et al., 2023)."""

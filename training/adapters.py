@@ -25,7 +25,6 @@ from model.quantized import Kind, QuantizedLinear
 from model.transformer import Transformer
 
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
-NAMES = {"lora": "LoRA", "dora": "DoRA"}
 NAME = "default"  # by which peft knows the adapter
 
 
@@ -130,6 +129,6 @@ def describe(model: Transformer, adapter: AdapterConfig) -> str:
     trained = sum(value.numel() for value in adapter_tensors(model).values())
     stored = f", their matrices in {adapter.quantize}" if adapter.quantize else ""
     return (
-        f"{NAMES[str(adapter.method)]} of rank {adapter.rank}: {trained:,} weights are trained, "
+        f"{adapter.title} of rank {adapter.rank}: {trained:,} weights are trained, "
         f"{model.num_parameters() - trained:,} stay as they are{stored}."
     )

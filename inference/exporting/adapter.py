@@ -6,8 +6,6 @@ with all of the thin matrices that go down, and writes with those that go up, ea
 
 from __future__ import annotations
 
-import os
-import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,16 +16,16 @@ import torch
 from torch import Tensor
 
 from config.errors import UserError
-from config.files import disk_errors, replace_directory, write_text
+from config.files import write_text
 from config.model import ModelConfig
 from config.training import AdapterConfig
-from inference.exporting.subject import Subject, check_free, check_room
+from inference.exporting.replacing import check_replaceable, replacing
+from inference.exporting.subject import Subject, check_room
 from model.checkpoint import checkpoint_config, load_checkpoint
 from model.huggingface.names import LLAMA, QKV, gpt2_names
 
 _OURS = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 _ROOM = 1_000_000  # bytes for all but the weights
-_METHODS = {"lora": "LoRA", "dora": "DoRA"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +39,7 @@ class Pair:
 
 def check_adapter(target: Path, force: bool) -> None:
     """Raise `UserError` where `target` must not become the folder: it exists, and without `force` or as no adapter."""
-    names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
-    foreign = [name for name in names if name not in _OURS]
-    check_free(target, force, foreign if target.is_dir() or not target.exists() else [target.name])
+    check_replaceable(target, force, _OURS.__contains__)
 
 
 def write_adapter(subject: Subject, target: Path) -> str:
@@ -82,8 +78,10 @@ def write_adapter(subject: Subject, target: Path) -> str:
     with torch.no_grad():
         for name, pair in pairs.items():
             _fill(layers[name], pair)
-    _write(adapted, target, _page(subject, settings, target.name, state["finetuning"]))
-    return f"{_METHODS[str(settings.method)]} of rank {settings.rank} for {subject.architecture}, {count:,} weights"
+    with replacing(target) as folder:
+        adapted.save_pretrained(folder, save_embedding_layers=False)
+        write_text(folder / "README.md", _page(subject, settings, target.name, state["finetuning"]))
+    return f"{settings.title} of rank {settings.rank} for {subject.architecture}, {count:,} weights"
 
 
 def _our_pairs(tensors: Mapping[str, Tensor]) -> dict[str, Pair]:
@@ -142,23 +140,6 @@ def _fill(layer: Any, pair: Pair) -> None:
         layer.lora_magnitude_vector["default"].weight.copy_(pair.magnitude)
 
 
-def _write(adapted: Any, target: Path, page: str) -> None:
-    from safetensors import SafetensorError
-
-    target = Path(os.path.abspath(target))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with disk_errors(target):
-            temporary.mkdir(parents=True, exist_ok=True)
-            adapted.save_pretrained(temporary, save_embedding_layers=False)
-            write_text(temporary / "README.md", page)
-        replace_directory(temporary, target)
-    except SafetensorError as error:
-        raise UserError(f"{target} could not be written: {error}. What was there before is unchanged.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _page(subject: Subject, settings: AdapterConfig, name: str, about: Mapping[str, Any]) -> str:
     quantized = f", stored in {settings.quantize} while it was trained" if settings.quantize else ""
     return f"""---
@@ -166,7 +147,7 @@ library_name: peft
 pipeline_tag: text-generation
 ---
 
-# {subject.name}: {_METHODS[str(settings.method)]} of rank {settings.rank}
+# {subject.name}: {settings.title} of rank {settings.rank}
 
 An adapter for the model{quantized} that this writes:
 

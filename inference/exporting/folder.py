@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from config.errors import UserError
-from config.files import disk_errors, recover_directory, replace_directory, write_text
+from config.files import write_text
 from data.tokenization import Tokenizer
 from data.tokenization.probes import probe_texts
 from data.tokenization.storage import TOKENIZER_CONFIG
 from inference.exporting.card import model_card
-from inference.exporting.subject import Subject, check_free, check_room, save_tokenizer
+from inference.exporting.replacing import check_replaceable, replacing
+from inference.exporting.subject import Subject, check_room, save_tokenizer
 
 _OURS = re.compile(
     r"(model[\w.-]*\.safetensors|model\.safetensors\.index|config|generation_config|tokenizer(_config)?)"
@@ -25,10 +25,9 @@ _ROOM = 20_000_000  # bytes for all but the weights
 
 def check_folder(target: Path, force: bool) -> None:
     """Raise `UserError` where `target` must not become the folder: it exists, and without `force` or as no export."""
-    recover_directory(target.absolute())
-    names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
-    foreign = [name for name in names if name != "README.md" and not _OURS.fullmatch(name.removesuffix(".json"))]
-    check_free(target, force, foreign if target.is_dir() or not target.exists() else [target.name])
+    check_replaceable(
+        target, force, lambda name: name == "README.md" or bool(_OURS.fullmatch(name.removesuffix(".json")))
+    )
 
 
 def write_folder(subject: Subject, target: Path) -> None:
@@ -37,32 +36,20 @@ def write_folder(subject: Subject, target: Path) -> None:
     Raises `UserError` where the tokenizer has no counterpart or the disk no room; what was there is unchanged then.
     """
     import transformers
-    from safetensors import SafetensorError
 
     settings_of: Any = transformers.GenerationConfig
     target = Path(os.path.abspath(target))
     check_room(target, subject.bytes + _ROOM)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     ends, tokenizer = subject.ends, subject.tokenizer
     tokens: dict[str, Any] = {"bos_token_id": subject.beginning, "eos_token_id": ends if ends[1:] else ends[0]}
-    try:
-        with disk_errors(target):
-            temporary.mkdir(parents=True, exist_ok=True)
-            save_tokenizer(tokenizer, temporary)
-            _limit_length(temporary / TOKENIZER_CONFIG, subject.config.context_length)
-            subject.theirs.config.update(tokens)
-            subject.theirs.generation_config = settings_of(**tokens, pad_token_id=tokenizer.pad_id)
-            subject.theirs.save_pretrained(temporary)
-            write_text(temporary / "README.md", model_card(subject, target.name))
-            check_tokenizer(temporary, tokenizer)
-            for path in temporary.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        replace_directory(temporary, target)
-    except SafetensorError as error:
-        raise UserError(f"{target} could not be written: {error}. What was there before is unchanged.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replacing(target) as folder:
+        save_tokenizer(tokenizer, folder)
+        _limit_length(folder / TOKENIZER_CONFIG, subject.config.context_length)
+        subject.theirs.config.update(tokens)
+        subject.theirs.generation_config = settings_of(**tokens, pad_token_id=tokenizer.pad_id)
+        subject.theirs.save_pretrained(folder)
+        write_text(folder / "README.md", model_card(subject, target.name))
+        check_tokenizer(folder, tokenizer)
 
 
 def _limit_length(path: Path, length: int) -> None:
