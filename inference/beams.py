@@ -115,15 +115,12 @@ class BeamSearch:
 
     def _begin(self, place: int, request: Request) -> _Search:
         check_bias(request.sampling.logit_bias, self._tokenizer.vocab_size)
-        ids = list(request.prompt) or [*self._tokenizer.prefix_ids] or [self._tokenizer.end_of_text_id]
+        ids = request.begin(self._tokenizer)
         ids = ids[window_start(len(ids) + 1, self._context) :]
         limit = min(request.max_new_tokens, self._context - len(ids))
         progress = None if request.constraint is None else request.constraint.begin()
-        writing = Writing(self._tokenizer, request.stop, self._stop_tokens(request))
+        writing = Writing(self._tokenizer, request.stop, request.ends(self._tokenizer))
         return _Search(place, request, ids, limit, [_Beam(self._slots.take(list(ids)), writing, progress)])
-
-    def _stop_tokens(self, request: Request) -> frozenset[int]:
-        return frozenset((*self._tokenizer.ending_ids, *request.stop_tokens))
 
     @uninterrupted()
     @torch.inference_mode()
@@ -160,7 +157,7 @@ class BeamSearch:
 
     def _extend(self, search: _Search, totals: Tensor) -> None:
         """Go on by a token: sort the likeliest continuations into finished and unfinished ones."""
-        size, ends = totals.shape[1], len(self._stop_tokens(search.request))
+        size, ends = totals.shape[1], len(search.request.ends(self._tokenizer))
         best = totals.flatten().topk(min(totals.numel(), (1 + ends) * self._beams))
         search.written += 1
         going_on: list[tuple[int, int, _Beam]] = []

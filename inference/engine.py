@@ -51,6 +51,14 @@ class Request:
     logprobs: int | None = None
     constraint: Constraint | None = None
 
+    def begin(self, tokenizer: Tokenizer) -> list[int]:
+        """The tokens to go on from: the prompt, or what begins a document."""
+        return list(self.prompt) or [*tokenizer.prefix_ids] or [tokenizer.end_of_text_id]
+
+    def ends(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """The tokens that end the text."""
+        return frozenset((*tokenizer.ending_ids, *self.stop_tokens))
+
 
 class QueueFull(UserError):
     """More requests wait than the engine takes."""
@@ -130,7 +138,7 @@ class Engine:
         Raises `QueueFull` where too many wait, and `UserError` for a prompt that leaves a text which must not slide no
         room, or a bias of tokens that are none.
         """
-        ids = list(request.prompt) or [*self._tokenizer.prefix_ids] or [self._tokenizer.end_of_text_id]
+        ids = request.begin(self._tokenizer)
         context = self._model.config.context_length
         if request.context == "stop" and len(ids) >= context:
             raise UserError(
@@ -142,7 +150,7 @@ class Engine:
             number=self._submitted,
             request=request,
             ids=ids,
-            writing=Writing(self._tokenizer, request.stop, (*self._tokenizer.ending_ids, *request.stop_tokens)),
+            writing=Writing(self._tokenizer, request.stop, request.ends(self._tokenizer)),
             past=Past(request, ids, self._tokenizer.vocab_size, self._sampling_device),
         )
         self._waiting.append(sequence)
