@@ -237,17 +237,6 @@ def test_default_batch_keeps_the_logits_small() -> None:
     assert default_batch_size(8192, 200_000, "cuda") == default_batch_size(1024, 50257) == 1
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return make_workspace(tmp_path_factory.mktemp("workspace"))
-
-
-@pytest.fixture
-def workspace(made: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    monkeypatch.chdir(made.folder)
-    return made
-
-
 EXACT = ["training.precision=fp32"]
 
 

@@ -34,17 +34,6 @@ from tests.workspace import Workspace, command, make_workspace, small_tokenizer
 PROMPT = "The quick brown"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return make_workspace(tmp_path_factory.mktemp("workspace"))
-
-
-@pytest.fixture
-def workspace(made: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    monkeypatch.chdir(made.folder)
-    return made
-
-
 def continuation(workspace: Workspace, prompt: list[int], **options: Any) -> str:
     """What the engine writes with the shipped settings (temperature 0.8, top-p 0.95), or with `options`."""
     sampling = SamplingSettings(temperature=0.8, top_p=0.95)

@@ -15,20 +15,9 @@ from data.tokens import MANIFEST, TokenFiles
 from evaluation.perplexity import evaluate_tokens
 from scripts.eval import evaluate as eval_command
 from tests.hub_server import HubServer, Repo
-from tests.workspace import TEXTS, Workspace, make_workspace
+from tests.workspace import TEXTS, Workspace
 
 EXACT = ["training.precision=fp32", "training.device=cpu"]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return make_workspace(tmp_path_factory.mktemp("workspace"))
-
-
-@pytest.fixture
-def workspace(made: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    monkeypatch.chdir(made.folder)
-    return made
 
 
 def evaluated(name: str = "evaluation.json", **options: Any) -> dict[str, Any]:

@@ -19,20 +19,9 @@ from inference.interactive import Session
 from inference.sampling import SamplingSettings
 from inference.terminal import Printer, Samples
 from scripts.generate import generate
-from tests.workspace import Workspace, make_workspace
+from tests.workspace import Workspace
 
 PROMPT = "The quick brown"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return make_workspace(tmp_path_factory.mktemp("workspace"))
-
-
-@pytest.fixture
-def workspace(made: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    monkeypatch.chdir(made.folder)
-    return made
 
 
 class FakeTerminal(io.StringIO):
