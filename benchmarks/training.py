@@ -143,7 +143,7 @@ def target(
     """
     words = overrides or []
     settings = load_config([config] if config else [], words)
-    checkouts = _checkouts(peers)
+    checkouts = _checkouts(peers, "nanogpt")
     readme = replace(_task(settings, "nanogpt", checkouts["nanogpt"]), **README, compile=False)
     contenders = [_peer("nanoGPT, README CPU settings", readme, python)]
     for number in tuned or [1000, 1250]:
@@ -172,7 +172,7 @@ def same_seconds(
     ours = _ours(OURS, settings, config, words, score=True)
     print("One run of ours and a short one of nanoGPT, to see how many updates fit ...")
     budget = _seconds(ours.run(0))
-    readme = replace(_task(settings, "nanogpt", _checkouts(peers)["nanogpt"]), **README, compile=False)
+    readme = replace(_task(settings, "nanogpt", _checkouts(peers, "nanogpt")["nanogpt"]), **README, compile=False)
     trial = _peer("trial", replace(readme, steps=60, score=False), python).run(0)
     updates = int(budget / statistics.median(trial.seconds))
     contenders = [ours]
@@ -182,7 +182,7 @@ def same_seconds(
     _turns("Loss after the same seconds", contenders, range(first_seed, first_seed + seeds), _peak(settings))
 
 
-def _checkouts(peers: list[str]) -> dict[str, str]:
+def _checkouts(peers: list[str], needed: str | None = None) -> dict[str, str]:
     """The folder of each peer, empty for those that are packages."""
     checkouts = {}
     for peer in peers:
@@ -192,6 +192,8 @@ def _checkouts(peers: list[str]) -> dict[str, str]:
         if name.startswith("nano") and not (Path(folder) / "README.md").is_file():
             raise UserError(f"--peer {peer}: give the folder of its checkout, such as --peer {name}=../{name}.")
         checkouts[name] = str(Path(folder).resolve()) if folder else ""
+    if needed is not None and needed not in checkouts:
+        raise UserError(f"This compares with {needed}: give --peer {needed}=../CHECKOUT.")
     return checkouts
 
 
