@@ -184,6 +184,8 @@ class _NoText:
     """What the engine needs of a tokenizer, without texts, which cost next to nothing; no token ends one."""
 
     ending_ids = ()
+    special_tokens: dict[str, int] = {}
+    drops_first_space = False
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

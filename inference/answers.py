@@ -30,6 +30,7 @@ def greedy_answers(
             max_new_tokens=max(1, min(max_new_tokens, left)),
             sampling=SamplingSettings(temperature=0.0),
             stop_tokens=(end,),
+            answer=True,
         )
         for (prompt, end), left in zip(questions, room, strict=True)
     ]

@@ -119,8 +119,8 @@ class BeamSearch:
         ids = ids[window_start(len(ids) + 1, self._context) :]
         limit = min(request.max_new_tokens, self._context - len(ids))
         progress = None if request.constraint is None else request.constraint.begin()
-        writing = Writing(self._tokenizer, request.stop, request.ends(self._tokenizer))
-        return _Search(place, request, ids, limit, [_Beam(self._slots.take(list(ids)), writing, progress)])
+        beam = _Beam(self._slots.take(list(ids)), request.writing(self._tokenizer), progress)
+        return _Search(place, request, ids, limit, [beam])
 
     @uninterrupted()
     @torch.inference_mode()

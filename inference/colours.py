@@ -80,7 +80,7 @@ def row(piece: Piece, tokenizer: Tokenizer) -> str:
     assert piece.logprobs is not None
 
     def named(token: int) -> str:
-        return repr(tokenizer.decode([token]))
+        return repr(tokenizer.decode_bytes([token]).decode(errors="replace"))
 
     others = [(token, value) for token, value in piece.logprobs.top if token != piece.token][:ALTERNATIVES]
     shown = ", ".join(f"{named(token)} {100 * math.exp(value):.1f} %" for token, value in others)

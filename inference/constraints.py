@@ -164,7 +164,8 @@ class _Wrapped:
         self.tokens = [token or b"<|nothing|>" for token in self.tokens]
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return self._tokenizer.encode(text if isinstance(text, str) else text.decode(errors="replace"))
+        said = text if isinstance(text, str) else text.decode(errors="replace")
+        return self._tokenizer.encode(said, continued=True)
 
 
 def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:

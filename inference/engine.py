@@ -38,7 +38,8 @@ class Request:
     Generation ends after `max_new_tokens`, at the end-of-text token, at one of `stop_tokens`, or at a text of `stop`.
     When the text fills the model's context, it goes on with the newest part of it, or ends if `context` is "stop".
     With `logprobs`, every piece tells what the model thought of its token, and of that many likeliest ones. With a
-    `constraint` the text keeps to its form, and also ends where nothing may follow.
+    `constraint` the text keeps to its form, and also ends where nothing may follow. An `answer` is a text of its own,
+    not the rest of one: some imported tokenizers put a space in front of a text, which is then no part of it.
     """
 
     prompt: Sequence[int]
@@ -50,6 +51,7 @@ class Request:
     context: Literal["slide", "stop"] = "slide"
     logprobs: int | None = None
     constraint: Constraint | None = None
+    answer: bool = False
 
     def begin(self, tokenizer: Tokenizer) -> list[int]:
         """The tokens to go on from: the prompt, or what begins a document."""
@@ -58,6 +60,14 @@ class Request:
     def ends(self, tokenizer: Tokenizer) -> frozenset[int]:
         """The tokens that end the text."""
         return frozenset((*tokenizer.ending_ids, *self.stop_tokens))
+
+    def writing(self, tokenizer: Tokenizer) -> Writing:
+        """The text, with nothing written yet."""
+        return Writing(tokenizer, self.stop, self.ends(tokenizer), self.is_own_text(tokenizer))
+
+    def is_own_text(self, tokenizer: Tokenizer) -> bool:
+        """Whether the text is an answer, or its prompt has no text; one that must have a form is left as it is."""
+        return self.constraint is None and (self.answer or set(self.prompt) <= set(tokenizer.special_tokens.values()))
 
 
 class QueueFull(UserError):
@@ -150,7 +160,7 @@ class Engine:
             number=self._submitted,
             request=request,
             ids=ids,
-            writing=Writing(self._tokenizer, request.stop, request.ends(self._tokenizer)),
+            writing=request.writing(self._tokenizer),
             past=Past(request, ids, self._tokenizer.vocab_size, self._sampling_device),
         )
         self._waiting.append(sequence)

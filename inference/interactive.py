@@ -144,6 +144,7 @@ class Session:
             stop_tokens,
             constraint_of(settings, self._tokenizer),
             self._display.logprobs,
+            self._chat,
         )
         texts = self._search(settings, requests[0]) if settings.beams > 1 else self._draw(requests)
         if texts:

@@ -54,7 +54,7 @@ def write_once(
         )
     seed = seed_of(settings)
     form = constraint_of(settings, tokenizer)
-    requests = make_requests(settings, ids, seed, stop_tokens, form, display.logprobs)
+    requests = make_requests(settings, ids, seed, stop_tokens, form, display.logprobs, chat)
     printer, before = Printer(sys.stdout), "" if chat or display.rows is not None else text
     started = time.monotonic()
     if settings.beams > 1:

@@ -34,10 +34,11 @@ def make_requests(
     stop_tokens: Sequence[int] = (),
     constraint: Constraint | None = None,
     logprobs: int | None = None,
+    answer: bool = False,
 ) -> list[Request]:
     """A request for each of `settings.num_samples` samples of one prompt; their seeds are seed, seed + 1 and so on.
 
-    The settings must be such as `with_token_ids` gives.
+    The settings must be such as `with_token_ids` gives; the rest is as in `Request`.
     """
     sampling = SamplingSettings(
         temperature=settings.temperature,
@@ -60,6 +61,7 @@ def make_requests(
             tuple(stop_tokens),
             logprobs=logprobs,
             constraint=constraint,
+            answer=answer,
         )
         for sample in range(settings.num_samples)
     ]
@@ -143,10 +145,11 @@ def bias_of(settings: GenerationConfig) -> tuple[tuple[int, float], ...]:
 
 
 def _token_of(text: str, tokenizer: Tokenizer) -> int:
-    ids = tokenizer.encode(text, allow_special=True)
+    ids = tokenizer.encode(text, allow_special=True, continued=True)
     if len(ids) == 1:
         return ids[0]
-    parts = ", ".join(f"{tokenizer.decode([token])!r} ({token})" for token in ids[:8])
+    texts = [tokenizer.decode_bytes([token]).decode(errors="replace") for token in ids[:8]]
+    parts = ", ".join(f"{name!r} ({token})" for name, token in zip(texts, ids))
     raise UserError(f"logit_bias: {text!r} is not one token of this vocabulary, but {parts or 'none'}. Name one.")
 
 

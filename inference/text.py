@@ -15,16 +15,22 @@ FinishReason = Literal["stop", "length", "error"]
 class Detokenizer:
     """Text of tokens as they come: whole characters, each as soon as its last byte is there.
 
-    Bytes that can be no character become U+FFFD, as `Tokenizer.decode` gives them. Special tokens have no text.
+    Bytes that can be no character become U+FFFD, as `Tokenizer.decode` gives them. Special tokens have no text. Where
+    the tokens are a text of their own, and not the rest of one, a first space goes as the tokenizer has it.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, own_text: bool = False) -> None:
         self._tokenizer = tokenizer
         self._decoder = getincrementaldecoder("utf-8")(errors="replace")
+        self._dropping = own_text and tokenizer.drops_first_space
 
     def push(self, token: int) -> str:
         """Add one token; return the text that is certain now, maybe nothing."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token], skip_special_tokens=True))
+        text = self._decoder.decode(self._tokenizer.decode_bytes([token], skip_special_tokens=True))
+        if self._dropping and text:
+            self._dropping = False
+            return text.removeprefix(" ")
+        return text
 
     def flush(self) -> str:
         """The rest, when no more tokens come: U+FFFD for a character that was not finished."""
@@ -34,6 +40,7 @@ class Detokenizer:
         """Another one that has come as far."""
         other = Detokenizer(self._tokenizer)
         other._decoder.setstate(self._decoder.getstate())
+        other._dropping = self._dropping
         return other
 
 
@@ -85,10 +92,15 @@ class StopStrings:
 
 
 class Writing:
-    """A text that grows by tokens, up to one of `stop_tokens`, a text of `stops`, or where it must end."""
+    """A text that grows by tokens, up to one of `stop_tokens`, a text of `stops`, or where it must end.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], stop_tokens: Iterable[int]) -> None:
-        self._detokenizer, self._stops = Detokenizer(tokenizer), StopStrings(stops)
+    `own_text` as in `Detokenizer`.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], stop_tokens: Iterable[int], own_text: bool = False
+    ) -> None:
+        self._detokenizer, self._stops = Detokenizer(tokenizer, own_text), StopStrings(stops)
         self._stop_tokens = frozenset(stop_tokens)
 
     def push(self, token: int, complete: bool, full: bool) -> tuple[str, FinishReason | None]:

@@ -222,6 +222,7 @@ def _write(judged: Judged, writings: Sequence[Writing]) -> list[str]:
             one.max_new_tokens,
             SamplingSettings(one.temperature, one.top_k, one.top_p, one.min_p),
             stop=one.stop,
+            answer=True,
         )
         for one in (writings[number] for number in numbers)
     ]

@@ -69,12 +69,12 @@ def import_model(
         raise UserError("--revision goes with a model of the hub, not with a folder.")
     about = describe(folder)
     tokenizer = _tokenizer(folder, about.endings, about.pad)
-    model = read_model(folder, about.architecture, adapter)
+    model = read_model(folder, about.architecture, adapter, context_length)
     if tokenizer.vocab_size > (model.config.vocab_size or 0):
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens, more than the model's {model.config.vocab_size:,}."
         )
-    path = _write(model, tokenizer, config, target, context_length, name)
+    path = _write(model, tokenizer, config, target, name)
     kind = "It answers chats" if tokenizer.chat_template else "It has no chat template, so it continues texts"
     print(f"Wrote {path}: {about.architecture}, {model.num_parameters() / 1e6:,.1f}M parameters. {kind}.")
     print(f'Next: python scripts/generate.py --checkpoint {shlex.quote(str(target))} --prompt "The future of AI is"')
@@ -83,40 +83,28 @@ def import_model(
 def _tokenizer(folder: Path, endings: tuple[int, ...], pad: int | None) -> SubwordTokenizer:
     from transformers import AutoTokenizer
 
-    from data.tokenization.imported import adopt_tokenizer
+    from data.tokenization.imported import adopt_tokenizer, check_conversion
 
     try:
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries behind it raise bare Exception, too
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"The tokenizer in {folder} cannot be read: {reason}") from error
-    return adopt_tokenizer(theirs, endings, pad)
+    ours = adopt_tokenizer(theirs, endings, pad)
+    check_conversion(ours, folder)
+    return ours
 
 
-def _write(
-    model: Transformer,
-    tokenizer: SubwordTokenizer,
-    whole: Config,
-    target: Path,
-    context_length: int | None,
-    name: str,
-) -> Path:
+def _write(model: Transformer, tokenizer: SubwordTokenizer, whole: Config, target: Path, name: str) -> Path:
     """The checkpoint and its tokenizer in `target`; returns the path of the checkpoint."""
     from model.checkpoint import save_checkpoint
     from model.checkpoint_folder import checkpoint_path, set_latest
 
-    weights, config = dict(model.state_dict()), model.config
-    if context_length is not None:
-        if context_length > config.context_length:
-            raise UserError(f"--context-length {context_length} is more than the model's {config.context_length:,}.")
-        config = config.model_copy(update={"context_length": context_length})
-        if "position_embedding.weight" in weights:
-            weights["position_embedding.weight"] = weights["position_embedding.weight"][:context_length].clone()
     place = (target / "tokenizer").absolute()
     data = whole.data.model_copy(update={"tokenizer_dir": str(place)})
     state = {
-        "model": weights,
-        "config": whole.model_copy(update={"model": config, "data": data}).model_dump(),
+        "model": dict(model.state_dict()),
+        "config": whole.model_copy(update={"model": model.config, "data": data}).model_dump(),
         "step": 0,
         "run_name": name,
         "tokenizer_fingerprint": tokenizer.fingerprint,

@@ -33,7 +33,7 @@ from data.tokenization.training import interleave, limit_bytes
 from data.tokenization.words import LONGEST_WORD
 
 ROOT = Path(__file__).parents[1]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = get_args(TokenizerConfig.model_fields["kind"].annotation)
 SPECIAL = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 VOCAB_SIZE = 700
 TRICKY = [

@@ -55,7 +55,8 @@ def encode_example(tokenizer: Tokenizer, example: TextExample | CompletionExampl
         first = tokenizer.prefix_ids or [tokenizer.end_of_text_id]
         return _joined(first, [*tokenizer.encode(example.text), tokenizer.end_of_text_id])
     if isinstance(example, CompletionExample):
-        completion = [*tokenizer.encode(example.completion), tokenizer.end_of_text_id]
+        answer = tokenizer.encode(example.completion, continued=bool(example.prompt))
+        completion = [*answer, tokenizer.end_of_text_id]
         return _joined([*tokenizer.prefix_ids, *tokenizer.encode(example.prompt)], completion)
     ids, trained = encode_messages(tokenizer, [dict(message) for message in example.messages])
     mask = np.asarray(trained, dtype=np.bool_)

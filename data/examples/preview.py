@@ -21,7 +21,8 @@ def segments(tokenizer: Tokenizer, encoded: Encoded) -> list[tuple[str, bool]]:
     borders = np.flatnonzero(np.diff(encoded.trained)) + 1
     runs = np.split(encoded.ids, borders)
     flags = encoded.trained[[0, *borders]]
-    return [(tokenizer.decode(run.tolist()), bool(flag)) for run, flag in zip(runs, flags, strict=True)]
+    texts = [tokenizer.decode_bytes(run.tolist()).decode(errors="replace") for run in runs]
+    return [(text, bool(flag)) for text, flag in zip(texts, flags, strict=True)]
 
 
 def render(tokenizer: Tokenizer, encoded: Encoded, trained_style: str = "bold green") -> Text:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config.errors import UserError
-from data.tokenization.protocol import Kind
+from data.tokenization.protocol import Before, Kind, Span
+from data.tokenization.special import spans_of, trims_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,12 +38,11 @@ class ByteLevelBPE:
     file_name = "tokenizer.json"
     tokenizer_class = "PreTrainedTokenizerFast"
 
-    def __init__(self, serialized: bytes) -> None:
-        from tokenizers import Tokenizer
+    drops_first_space = False
 
+    def __init__(self, serialized: bytes) -> None:
         self.serialized = serialized
-        self._library = Tokenizer.from_str(serialized.decode())
-        self._library.encode_special_tokens = True
+        self._library = open_library(serialized)
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -70,16 +70,39 @@ class ByteLevelBPE:
             pieces[index] = b"" if token["special"] else token["content"].encode()
         return pieces
 
-    def encode(self, text: str) -> list[int]:
+    @cached_property
+    def trims(self) -> dict[int, tuple[bool, bool]]:
+        return trims_of(self.description["added_tokens"])
+
+    def encode(self, text: str, *, before: Before = "nothing") -> list[int]:
         ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_spans(self, text: str, *, before: Before = "nothing") -> tuple[list[int], list[Span]]:
+        ids = self.encode(text)
+        return ids, spans_of(text, [len(self.pieces[index]) for index in ids])
+
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        # Threads of the library do not survive a fork, and a worker has one core to itself anyway.
-        if multiprocessing.parent_process() is not None:
-            return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
-        encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return encode_rows(self._library, texts)
+
+
+def open_library(serialized: bytes) -> Any:
+    """The tokenizer of `tokenizers` in a `tokenizer.json`; it takes special tokens in text for text."""
+    from tokenizers import Tokenizer
+
+    library = Tokenizer.from_str(serialized.decode())
+    library.encode_special_tokens = True
+    return library
+
+
+def encode_rows(library: Any, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+    """Ids of each of `texts`, (tokens,) uint32."""
+    # Threads of the library do not survive a fork, and a worker has one core to itself anyway.
+    if multiprocessing.parent_process() is not None:
+        encodings = (library.encode(text, add_special_tokens=False) for text in texts)
+    else:
+        encodings = library.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
 def train_byte_level(texts: Iterator[str], config: TokenizerConfig) -> ByteLevelBPE:

@@ -57,26 +57,23 @@ def encode_messages(
     trained: list[bool] = []
     plain: list[tuple[str, bool]] = []
 
-    def encode_plain() -> None:
+    def encode_plain(after: int | None) -> None:
         """Encode neighbouring text as one, as tokens may span its parts; those that touch an answer are trained."""
-        found = tokenizer.encode("".join(text for text, _ in plain))
-        flags = b"".join((b"\1" if flag else b"\0") * len(text.encode()) for text, flag in plain)
+        text = "".join(text for text, _ in plain)
+        flags = b"".join((b"\1" if flag else b"\0") * len(text) for text, flag in plain)
+        found, spans = tokenizer.encode_between(text, ids[-1] if ids else None, after)
         ids.extend(found)
-        position = 0
-        for index in found:
-            size = len(tokenizer.decode_bytes([index]))
-            trained.append(b"\1" in flags[position : position + size])
-            position += size
+        trained.extend(b"\1" in flags[start:end] for start, end in spans)
         plain.clear()
 
     for part, flag in parts:
         if isinstance(part, str):
             plain.append((part, flag))
             continue
-        encode_plain()
+        encode_plain(part)
         ids.append(part)
         trained.append(flag)
-    encode_plain()
+    encode_plain(None)
     return ids, trained
 
 

@@ -61,8 +61,8 @@ def check_encoder(kind: Kind, wanted: str) -> None:
 
 
 def reference_name(kind: Kind) -> str:
-    """The library that trains tokenizers of this kind, whose ids are right by definition."""
-    return "tokenizers" if kind == "bpe" else "sentencepiece"
+    """The library that tokenizers of this kind are made for, whose ids are right by definition."""
+    return "sentencepiece" if kind.startswith("sentencepiece") else "tokenizers"
 
 
 def _warn(failures: list[str], chosen: str) -> None:

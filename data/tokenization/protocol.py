@@ -10,7 +10,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Kind = Literal["bpe", "sentencepiece-unigram", "sentencepiece-bpe"]
+Kind = Literal["bpe", "bpe-byte-fallback", "sentencepiece-unigram", "sentencepiece-bpe"]
+Span = tuple[int, int]
+"""The characters of a text that a token stands for: the first, and the one after the last."""
+Before = Literal["nothing", "special", "text"]
+"""What stands before a text: nothing, a special token, or text that it goes on in."""
 
 
 class Tokenizer(Protocol):
@@ -63,17 +67,37 @@ class Tokenizer(Protocol):
         Raises `UserError` where the one asked for by name gives other ids.
         """
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of `text`; with `allow_special`, special tokens written in it become their ids."""
+    @property
+    def drops_first_space(self) -> bool:
+        """Whether a space that a text begins with is taken away where it is decoded, since encoding put it there."""
+
+    def encode(self, text: str, *, allow_special: bool = False, continued: bool = False) -> list[int]:
+        """Ids of `text`; with `allow_special`, special tokens written in it become their ids.
+
+        Some imported tokenizers put a space in front of a text; if it is `continued`, it goes on in another, and has
+        none.
+        """
+
+    def encode_between(self, text: str, before: int | None, after: int | None) -> tuple[list[int], list[Span]]:
+        """Ids of `text` between two special tokens, or None for the ends of the whole, and what each id stands for.
+
+        Some imported special tokens swallow the white space beside them.
+        """
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Ids of each text, (tokens,) uint32, the same ones as `encode` gives, by the fastest library that does."""
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer], *, skip_special_tokens: bool = False) -> str:
-        """Text of `ids`; bytes that are no UTF-8 (a character cut in two) become U+FFFD. Unknown id: `ValueError`."""
+        """Text of `ids`; bytes that are no UTF-8 (a character cut in two) become U+FFFD. Unknown id: `ValueError`.
+
+        See `drops_first_space`.
+        """
 
     def decode_bytes(self, ids: Sequence[int] | NDArray[np.integer], *, skip_special_tokens: bool = False) -> bytes:
-        """The bytes of `ids`, one token's after the other's; for streaming through an incremental UTF-8 decoder."""
+        """The bytes of `ids`, one token's after the other's; for streaming through an incremental UTF-8 decoder.
+
+        A first space is there, even if `decode` drops it.
+        """
 
     def token_bytes(self) -> NDArray[np.int32]:
         """(vocab_size,) int32: number of UTF-8 bytes of text that each id stands for, 0 for special tokens."""
@@ -109,8 +133,22 @@ class Backend(Protocol):
     def tokenizer_class(self) -> str | None:
         """Class of `transformers` that reads the file and gives the same ids, if there is one."""
 
-    def encode(self, text: str) -> list[int]:
-        """Ids by the reference library; text that spells a special token is text."""
+    @property
+    def drops_first_space(self) -> bool:
+        """As `Tokenizer.drops_first_space`."""
+
+    @property
+    def trims(self) -> Mapping[int, tuple[bool, bool]]:
+        """The special tokens that swallow white space, and whether before and after them."""
+
+    def encode(self, text: str, *, before: Before = "nothing") -> list[int]:
+        """Ids by the reference library; text that spells a special token is text.
+
+        What stands `before` the text decides whether a space is put in front of it, where the tokenizer does that.
+        """
+
+    def encode_spans(self, text: str, *, before: Before = "nothing") -> tuple[list[int], list[Span]]:
+        """The same, and the characters that each id stands for, or stands for a part of."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """The same for many texts."""

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from config.errors import UserError
-from data.tokenization.protocol import Kind
-from data.tokenization.special import END_OF_TEXT, SPACE
+from data.tokenization.protocol import Before, Kind, Span
+from data.tokenization.special import END_OF_TEXT, SPACE, spans_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,6 +34,8 @@ class SentencePiece:
 
     file_name = "tokenizer.model"
     tokenizer_class = None
+    drops_first_space = False
+    trims: dict[int, tuple[bool, bool]] = {}
 
     def __init__(self, kind: Kind, serialized: bytes) -> None:
         import sentencepiece
@@ -57,12 +59,16 @@ class SentencePiece:
             return b""
         return bytes([int(piece[3:5], 16)]) if self._library.is_byte(index) else piece.replace(SPACE, " ").encode()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, before: Before = "nothing") -> list[int]:
         first, *others = text.split(SPACE)
         ids: list[int] = self._library.encode(first)
         for part in others:
             ids += [*self._space, *self._library.encode(part)]
         return ids
+
+    def encode_spans(self, text: str, *, before: Before = "nothing") -> tuple[list[int], list[Span]]:
+        ids = self.encode(text)
+        return ids, spans_of(text, [len(self.pieces[index]) for index in ids])
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         return [np.array(self.encode(text), dtype=np.uint32) for text in texts]

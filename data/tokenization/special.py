@@ -1,9 +1,15 @@
-"""Special tokens: which names may be one, and finding them in text where that is wanted."""
+"""Special tokens: which names may be one, finding them in text where that is wanted, and what they do beside it."""
+
+from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from config.errors import UserError
+
+if TYPE_CHECKING:
+    from data.tokenization.protocol import Span
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -13,6 +19,8 @@ ASSISTANT = "<|assistant|>"
 END = "<|end|>"
 
 SPACE = "\u2581"  # how SentencePiece writes a space within a piece
+# Unicode's White_Space, which `tokenizers` takes for it; Python's own notion has four control characters more.
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 
 def check_special_tokens(names: Sequence[str]) -> None:
@@ -38,3 +46,20 @@ def split_special(text: str, special_tokens: Mapping[str, int]) -> Iterator[str 
             yield special_tokens[part]
         elif part:
             yield part
+
+
+def trims_of(added_tokens: Iterable[Mapping[str, Any]]) -> dict[int, tuple[bool, bool]]:
+    """`Backend.trims` by the list in a `tokenizer.json`."""
+    trims = {token["id"]: (token["lstrip"], token["rstrip"]) for token in added_tokens if token["special"]}
+    return {index: sides for index, sides in trims.items() if any(sides)}
+
+
+def spans_of(text: str, sizes: Sequence[int]) -> list[Span]:
+    """The characters of tokens that stand one after the other for that many UTF-8 bytes of `text`."""
+    owner = [place for place, character in enumerate(text) for _ in character.encode()]
+    spans, start = [], 0
+    for size in sizes:
+        end = start + size
+        spans.append((owner[start], owner[end - 1] + 1) if size else (0, 0))
+        start = end
+    return spans

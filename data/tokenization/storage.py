@@ -20,6 +20,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 SETTINGS = "config.yaml"
 MODEL_FILES: dict[Kind, str] = {
     "bpe": "tokenizer.json",
+    "bpe-byte-fallback": "tokenizer.json",
     "sentencepiece-unigram": "tokenizer.model",
     "sentencepiece-bpe": "tokenizer.model",
 }

@@ -13,8 +13,8 @@ import numpy as np
 import yaml
 
 from config.errors import UserError
-from data.tokenization.protocol import Backend, Kind
-from data.tokenization.special import END_OF_TEXT, PAD, split_special
+from data.tokenization.protocol import Backend, Before, Kind, Span
+from data.tokenization.special import END_OF_TEXT, PAD, WHITE_SPACE, split_special
 from data.tokenization.storage import (
     MANIFEST,
     MODEL_FILES,
@@ -138,14 +138,40 @@ class SubwordTokenizer:
 
         return choose_encoder(self.backend, self._wanted_encoder)
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+    @property
+    def drops_first_space(self) -> bool:
+        return self.backend.drops_first_space
+
+    def encode(self, text: str, *, allow_special: bool = False, continued: bool = False) -> list[int]:
         _check_unicode([text])
+        opening: Before = "text" if continued else "nothing"
         if not allow_special:
-            return self.backend.encode(text)
+            return self.backend.encode(text, before=opening)
+        parts: list[str | int] = list(split_special(text, self.special_tokens))
         ids: list[int] = []
-        for part in split_special(text, self.special_tokens):
-            ids += [part] if isinstance(part, int) else self.backend.encode(part)
+        for before, part, after in zip([None, *parts], parts, [*parts[1:], None]):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                part = self._trimmed(part, before, after)[1]
+                ids += self.backend.encode(part, before=opening if before is None else "special")
         return ids
+
+    def encode_between(self, text: str, before: int | None, after: int | None) -> tuple[list[int], list[Span]]:
+        _check_unicode([text])
+        first, text = self._trimmed(text, before, after)
+        ids, spans = self.backend.encode_spans(text, before="nothing" if before is None else "special")
+        return ids, [(first + start, first + end) for start, end in spans]
+
+    def _trimmed(self, text: str, before: object, after: object) -> tuple[int, str]:
+        """What special tokens beside `text` leave of it, and how many characters are gone at its beginning."""
+        trims, size = self.backend.trims, len(text)
+        if isinstance(before, int) and trims.get(before, (False, False))[1]:
+            text = text.lstrip(WHITE_SPACE)
+        gone = size - len(text)
+        if isinstance(after, int) and trims.get(after, (False, False))[0]:
+            text = text.rstrip(WHITE_SPACE)
+        return gone, text
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         try:
@@ -155,7 +181,8 @@ class SubwordTokenizer:
             raise
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_special_tokens: bool = False) -> str:
-        return self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode(errors="replace")
+        text = self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode(errors="replace")
+        return text.removeprefix(" ") if self.drops_first_space else text
 
     def decode_bytes(
         self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_special_tokens: bool = False
@@ -196,6 +223,10 @@ def _backend(kind: Kind, serialized: bytes, origin: Path | str) -> Backend:
             from data.tokenization.byte_level import ByteLevelBPE
 
             return ByteLevelBPE(serialized)
+        if kind == "bpe-byte-fallback":
+            from data.tokenization.byte_fallback import ByteFallbackBPE
+
+            return ByteFallbackBPE(serialized)
         from data.tokenization.sentence_piece import SentencePiece
 
         return SentencePiece(kind, serialized)

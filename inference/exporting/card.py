@@ -69,7 +69,7 @@ def _facts(subject: Subject) -> dict[str, str]:
         "parameters": f"{subject.parameters:,}",
         "data type": str(subject.theirs.dtype).removeprefix("torch."),
         "context": f"{config.context_length:,} tokens",
-        "vocabulary": f"{subject.tokenizer.vocab_size:,} tokens, byte-level BPE",
+        "vocabulary": f"{subject.tokenizer.vocab_size:,} tokens, BPE",
     }
     if info.step:
         facts["steps of training"] = f"{info.step:,}"

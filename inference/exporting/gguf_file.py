@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from config.errors import UserError
 from config.files import atomic_write
-from data.tokenization.byte_level import LLAMA3_PATTERN
+from inference.exporting.gguf_vocabulary import add_vocabulary
 from inference.exporting.subject import Subject, check_free, check_room, save_tokenizer
 from model.positions import rotary_frequencies
 
@@ -85,7 +85,7 @@ def write_gguf(subject: Subject, path: Path, dtype: str) -> None:
         writer = gguf.GGUFWriter(file.name, gguf.MODEL_ARCH_NAMES[kind.architecture])
         _add_settings(writer, subject)
         writer.add_file_type(_TYPES[dtype][1])
-        _add_tokenizer(writer, subject, description)
+        add_vocabulary(writer, subject, description)
         for name, values in _tensors(subject, kind):
             _add_tensor(writer, name, values, _TYPES[dtype][0])
         writer.write_header_to_file()
@@ -132,43 +132,6 @@ def _add_settings(writer: gguf.GGUFWriter, subject: Subject) -> None:
         writer.add_xielu_alpha_p(alpha_p)
         writer.add_xielu_beta(beta)
         writer.add_xielu_eps(eps)
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, subject: Subject, description: dict[str, Any]) -> None:
-    tokenizer = subject.tokenizer
-    size = subject.theirs.config.vocab_size
-    names = {index: name for name, index in description["model"]["vocab"].items()}
-    types = {index: gguf.TokenType.NORMAL for index in names}
-    for token in description["added_tokens"]:
-        names[token["id"]] = token["content"]
-        types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_pattern_name(description["pre_tokenizer"]))
-    writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(size)])
-    writer.add_token_types([types.get(index, gguf.TokenType.UNUSED) for index in range(size)])
-    merges = description["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    if len(subject.ends) > 3 or list(tokenizer.prefix_ids) not in ([], [subject.beginning]):
-        raise UserError(
-            "A GGUF file names at most three tokens that end a text, and one to stand before it; here are more."
-        )
-    writer.add_bos_token_id(subject.beginning)
-    writer.add_pad_token_id(tokenizer.pad_id)
-    for add, end in zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), subject.ends):
-        add(end)
-    writer.add_add_bos_token(bool(tokenizer.prefix_ids))
-    if subject.chat and tokenizer.chat_template is not None:  # programs of llama.cpp begin a chat wherever there is one
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def _pattern_name(pre_tokenizer: dict[str, Any]) -> str:
-    """What llama.cpp calls the pattern by which text is cut into words; `UserError` where it has none."""
-    if pre_tokenizer["type"] == "ByteLevel" and pre_tokenizer["use_regex"]:
-        return "gpt-2"
-    for step in pre_tokenizer.get("pretokenizers", []):
-        if step["type"] == "Split" and step["pattern"] == {"Regex": LLAMA3_PATTERN}:
-            return "llama-bpe"
-    raise UserError("llama.cpp has no tokenizer that cuts text into words as this one does; it knows gpt2 and llama3.")
 
 
 def _tensors(subject: Subject, kind: _Kind) -> Iterator[tuple[str, Tensor]]:

@@ -62,13 +62,14 @@ class Likelihood:
 class Trail:
     """Follows the tokens of one choice, and gives each out as soon as its text is out.
 
-    So a token whose text is part of a stop text, or that ends the answer, is not among them.
+    So a token whose text is part of a stop text, or that ends the answer, is not among them. `own_text` as in
+    `Detokenizer`.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, own_text: bool) -> None:
         self._tokenizer = tokenizer
         self._held: deque[Likelihood] = deque()
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, own_text)
         self._characters = self._shown = 0
 
     def follow(self, piece: Piece) -> list[Likelihood]:
@@ -78,7 +79,7 @@ class Trail:
         offset = self._characters
         self._characters += len(self._detokenizer.push(piece.token))
         with suppress(UnicodeDecodeError):  # what came before may have been half a character, which is one only now
-            offset = self._characters - len(data.decode())
+            offset = max(0, self._characters - len(data.decode()))
         self._held.append(Likelihood(piece.token, offset, piece.logprobs))
         self._shown += len(piece.text)
         ready = []

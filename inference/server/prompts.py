@@ -171,11 +171,14 @@ def _task(
             stop_tokens=stop_tokens,
             logprobs=body.alternatives,
             constraint=form,
+            answer=isinstance(body, ChatBody),
         )
         for ids in prompts
         for choice in range(body.n)
     ]
-    trails = [None if body.alternatives is None else Trail(served.tokenizer) for _ in requests]
+    asked_for = body.alternatives is not None
+    tokenizer = served.tokenizer
+    trails = [Trail(tokenizer, request.is_own_text(tokenizer)) if asked_for else None for request in requests]
     return Task(requests, sum(len(ids) for ids in prompts), answer, trails)
 
 

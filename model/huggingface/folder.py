@@ -56,8 +56,12 @@ def describe(folder: Path) -> Description:
     return Description(architecture, tuple(map(int, listed)), config.get("pad_token_id"))
 
 
-def read_model(folder: Path, architecture: str, adapter: Path | None = None) -> Transformer:
+def read_model(
+    folder: Path, architecture: str, adapter: Path | None = None, context_length: int | None = None
+) -> Transformer:
     """The model in `folder`, in the dtype of its configuration, on the CPU; the `adapter` in that folder merged in.
+
+    With a `context_length`, it sees no more tokens at once.
 
     Raises `UserError` where weights are missing, left over or damaged, and for every option without a counterpart.
     """
@@ -79,7 +83,7 @@ def read_model(folder: Path, architecture: str, adapter: Path | None = None) -> 
     for what, keys in (("lacks", found["missing_keys"]), ("has, beside those of its kind,", found["unexpected_keys"])):
         if keys:
             raise UserError(f"The model in {folder} {what} the weight {sorted(keys)[0]}.")
-    return from_huggingface(theirs if adapter is None else merge_adapter(theirs, adapter))
+    return from_huggingface(theirs if adapter is None else merge_adapter(theirs, adapter), context_length)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,23 +16,24 @@ from model.huggingface.names import CLASSES, KIN, QKV, VOCABULARY_TABLES, Kin, g
 from model.transformer import Transformer
 
 
-def from_huggingface(hf_model: Any) -> Transformer:
+def from_huggingface(hf_model: Any, context_length: int | None = None) -> Transformer:
     """The same model as a `Transformer`, on the CPU, in the same dtype, for evaluation.
 
-    `hf_model` is of one of the classes that `to_huggingface` gives. Raises `UserError` for another architecture, or
-    naming the option that a `Transformer` lacks.
+    `hf_model` is of one of the classes that `to_huggingface` gives; with a `context_length`, no more tokens are seen at
+    once than that. Raises `UserError` for another architecture, a context longer than the model's, or naming the option
+    that a `Transformer` lacks.
     """
     name = type(hf_model).__name__
     theirs = {key: value.detach().cpu() for key, value in hf_model.state_dict().items()}
     kin = next((kin for kin in KIN if name == f"{kin.name}ForCausalLM"), None)
     if kin is not None:
-        config = _config_of_kin(kin, hf_model.config)
+        config = _config_of_kin(kin, hf_model.config, context_length)
         for scale in scales(kin, config):
             if not (theirs[f"{scale}.weight"] == 1).all():
                 raise UserError(f"The {kin.name} model has a learned {scale}, which has no counterpart here.")
         state = {here: theirs[there] for here, there in kin_names(kin, config).items()}
     elif name == "GPT2LMHeadModel":
-        config = _config_of_gpt2(hf_model.config)
+        config = _config_of_gpt2(hf_model.config, context_length)
         state = _from_gpt2(theirs, config)
     else:
         raise UserError(f"A {name} cannot be imported; these can: {', '.join(CLASSES)}.")
@@ -49,7 +50,7 @@ def from_huggingface(hf_model: Any) -> Transformer:
 def _from_gpt2(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our weights of GPT-2's: matrices are stored `(in, out)` there; query, key and value are one matrix."""
     state = {"token_embedding.weight": theirs["transformer.wte.weight"]}
-    state["position_embedding.weight"] = theirs["transformer.wpe.weight"]
+    state["position_embedding.weight"] = theirs["transformer.wpe.weight"][: config.context_length]
     if not config.tie_embeddings:
         state["head.weight"] = theirs["lm_head.weight"]
     for here, there in gpt2_names(config).items():
@@ -74,7 +75,14 @@ def _refuse(hf_config: Any, **allowed: tuple[Any, ...]) -> None:
             )
 
 
-def _config_of_gpt2(theirs: Any) -> ModelConfig:
+def _context(theirs: Any, wanted: int | None) -> int:
+    longest = int(theirs.max_position_embeddings)
+    if wanted is not None and wanted > longest:
+        raise UserError(f"--context-length {wanted} is more than the model's {longest:,}.")
+    return wanted or longest
+
+
+def _config_of_gpt2(theirs: Any, wanted: int | None) -> ModelConfig:
     _refuse(
         theirs,
         activation_function=("gelu_new", "gelu_pytorch_tanh"),
@@ -84,7 +92,7 @@ def _config_of_gpt2(theirs: Any) -> ModelConfig:
     )
     return ModelConfig(
         variant="gpt2",
-        context_length=theirs.n_positions,
+        context_length=_context(theirs, wanted),
         vocab_size=theirs.vocab_size,
         n_layers=theirs.n_layer,
         n_heads=theirs.n_head,
@@ -106,7 +114,8 @@ def _config_of_gpt2(theirs: Any) -> ModelConfig:
     )
 
 
-def _config_of_kin(kin: Kin, theirs: Any) -> ModelConfig:
+def _config_of_kin(kin: Kin, theirs: Any, wanted: int | None) -> ModelConfig:
+    context_length = _context(theirs, wanted)
     activations = {"swiglu": ("silu", "swish"), "squared_relu": ("relu2",)}[kin.activation]
     width = theirs.hidden_size // theirs.num_attention_heads
     bias = getattr(theirs, "attention_bias", False)
@@ -116,11 +125,14 @@ def _config_of_kin(kin: Kin, theirs: Any) -> ModelConfig:
         _refuse(theirs, attention_bias=(False,))
     if getattr(theirs, "use_sliding_window", False):
         _refuse(theirs, use_sliding_window=(False,))
-    if kin.name == "Mistral" and (theirs.sliding_window or math.inf) < theirs.max_position_embeddings:
-        _refuse(theirs, sliding_window=(None,))
+    if kin.name == "Mistral" and (theirs.sliding_window or math.inf) < context_length:
+        raise UserError(
+            f"The {theirs.model_type} model sees {theirs.sliding_window:,} tokens in all its layers, fewer than its "
+            f"context, which has no counterpart here. Add --context-length {theirs.sliding_window}."
+        )
     return ModelConfig(
         variant=theirs.model_type,
-        context_length=theirs.max_position_embeddings,
+        context_length=context_length,
         vocab_size=theirs.vocab_size,
         n_layers=theirs.num_hidden_layers,
         n_heads=theirs.num_attention_heads,
