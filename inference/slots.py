@@ -120,6 +120,7 @@ class Slots:
                 count = len(slot.ids) - slot.start - slot.done
                 count = BLOCK if slot.done < slot.large else min(count, FILLED_PER_STEP)
                 filled += count
+            assert count >= 1, "a row is left nothing to compute"
             begin = slot.start + slot.done
             chunks.append((slot, Chunk(slot.row, slot.done, slot.ids[begin : begin + count])))
         if not chunks:
@@ -189,6 +190,8 @@ def _usable(window: Sequence[int], tokens: Sequence[int], large: int) -> int:
     They must have been computed as they would be for this window alone: in blocks where it would be in blocks.
     """
     own = len(window) // BLOCK * BLOCK
-    limit = min(len(window) - 1, len(tokens)) if own == large else min(len(tokens), own, large)
+    limit = min(len(window) - 1, len(tokens))
+    if own != large:
+        limit = min(limit, own, large)
     common = min(limit, _common(window, tokens))
     return common if common >= own else common // BLOCK * BLOCK

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from config.errors import UserError
@@ -400,13 +400,15 @@ def test_a_long_prompt_does_not_keep_others_from_writing() -> None:
     assert seen == [{writing}, {writing}, {writing, reading}, {writing, reading}]
 
 
-turns = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 690)), min_size=1, max_size=5)
+turn = st.tuples(st.integers(0, 40) | st.just(len(LONG)), st.integers(1, 690) | st.sampled_from([256, 512]))
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(turns, st.integers(1, 3))
+@given(st.lists(turn, min_size=1, max_size=5), st.integers(1, 3))
+@example([(len(LONG), 600), (len(LONG), 256)], 1)
+@example([(len(LONG), 690), (len(LONG), 256), (len(LONG), 512)], 2)
 def test_what_a_row_still_holds_changes_no_token(prompts: list[tuple[int, int]], slots: int) -> None:
-    """Prompts that share beginnings, over the borders of the blocks, one after another and together."""
+    """Prompts that share beginnings, or are one, over the borders of the blocks, one after another and together."""
     sampling = SamplingSettings(temperature=1.2)
     requests = [
         Request(MANY[:length] + LONG[other : other + 3], 8, sampling, seed)
