@@ -18,7 +18,7 @@ from config.errors import UserError
 from tests.small_runs import SMALL, command, kill_when, metrics, start, write_corpus
 from training.experiment import PlannedRun
 from training.searcher import Searcher
-from training.study import open_study, suggest
+from training.study import ask, open_study, suggest
 from training.sweep import read_sweep
 
 SWEEP: dict[str, Any] = {
@@ -68,8 +68,9 @@ def test_values_come_from_the_space_and_a_study_of_another_is_refused() -> None:
         "model.n_layers": {"low": 2, "high": 6, "step": 2},
         "training.optimizer": ["muon", "adamw"],
     }
-    study = open_study(read_sweep(write(space=space, sampler="tpe", trials=9)))
-    tried = [suggest(study.ask(), space) for _ in range(20)]
+    sweep = read_sweep(write(space=space, sampler="tpe", trials=9))
+    study = open_study(sweep)
+    tried = [suggest(ask(study, sweep), space) for _ in range(20)]
     assert {each["model.n_layers"] for each in tried} == {2, 4, 6}
     assert {each["training.optimizer"] for each in tried} == {"muon", "adamw"}
     rates = [each["training.muon.learning_rate"] for each in tried]
@@ -77,20 +78,45 @@ def test_values_come_from_the_space_and_a_study_of_another_is_refused() -> None:
     again = open_study(read_sweep(write(space=space, sampler="tpe", trials=12)))
     states = [trial.state.name for trial in again.get_trials()]
     assert states == ["FAIL"] * 20 + ["WAITING"] * 20
-    assert suggest(again.ask(), space) == tried[0]
+    retried = ask(again, sweep)
+    assert suggest(retried, space) == tried[0] and retried.user_attrs["run"] == "rates-000"
     with pytest.raises(UserError, match="was begun with another base, space, metric or settings"):
         open_study(read_sweep(write(space={**space, "model.n_layers": [2]}, sampler="tpe", trials=9)))
+
+
+@pytest.mark.parametrize(("sampler", "trials"), [("tpe", 12), ("random", 4)])
+def test_an_interrupted_search_goes_on_with_the_values_it_would_have_come_to(sampler: str, trials: int) -> None:
+    """The first ten trials are random with tpe, too. The second of the search and the last but one are interrupted."""
+    space = {"training.muon.learning_rate": {"low": 0.001, "high": 0.1, "log": True}, "model.n_layers": [2, 4, 6]}
+
+    def searched(name: str, interrupted: bool) -> list[dict[str, Any]]:
+        sweep = read_sweep(write(name=name, space=space, sampler=sampler, trials=trials))
+        study, tried = open_study(sweep), []
+        for number in range(trials):
+            trial = ask(study, sweep)
+            values = suggest(trial, space)
+            if interrupted and number in (1, trials - 2):
+                study = open_study(sweep)
+                trial = ask(study, sweep)
+                assert suggest(trial, space) == values
+            study.tell(trial, values["training.muon.learning_rate"] * values["model.n_layers"])
+            tried.append(values)
+        return tried
+
+    whole = searched("whole", False)
+    assert searched("parts", True) == whole
+    assert len({each["training.muon.learning_rate"] for each in whole}) == trials
 
 
 def test_a_trial_worse_than_the_median_of_five_is_ended_early() -> None:
     sweep = read_sweep(write(sampler="tpe", pruner="median", trials=6))
     study = open_study(sweep)
     for _ in range(5):
-        trial = study.ask()
+        trial = ask(study, sweep)
         suggest(trial, sweep.space)
         trial.report(1.0, 4)
         study.tell(trial, 1.0)
-    trial = study.ask()
+    trial = ask(study, sweep)
     run = sweep.run("rates-005", suggest(trial, sweep.space))
     run.directory.mkdir(parents=True)
     (run.directory / "metrics.jsonl").write_text(json.dumps({"step": 4, "validation_loss": 9.0}) + "\n")

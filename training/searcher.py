@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from config.errors import UserError
 from training.experiment import PlannedRun
-from training.study import suggest
+from training.study import ask, suggest
 from training.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -77,10 +77,8 @@ class Searcher:
         return self.sweep.sampler != "grid" or bool(self.study.get_trials(False, (TrialState.WAITING,)))
 
     def _begin(self) -> None:
-        trial = self.study.ask()
-        name = trial.user_attrs.get("run") or f"{self.sweep.name}-{trial.number:03d}"
-        trial.set_user_attr("run", name)
-        run = self.sweep.run(name, suggest(trial, self.sweep.space))
+        trial = ask(self.study, self.sweep)
+        run = self.sweep.run(trial.user_attrs["run"], suggest(trial, self.sweep.space))
         place = self.free.pop()
         self.running.append((trial, run, place(run), place))
 

@@ -19,7 +19,6 @@ from training.sweep import METRICS, Sweep
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.pruners import BasePruner
-    from optuna.samplers import BaseSampler
     from optuna.trial import Trial
 
 
@@ -37,7 +36,6 @@ def open_study(sweep: Sweep) -> Study:
         storage=f"sqlite:///{sweep.directory / 'study.db'}",
         study_name=sweep.name,
         direction=METRICS[sweep.metric],
-        sampler=_sampler(sweep),
         pruner=_pruner(sweep),
         load_if_exists=True,
     )
@@ -57,12 +55,22 @@ def open_study(sweep: Sweep) -> Study:
     return study
 
 
-def _sampler(sweep: Sweep) -> BaseSampler:
+def ask(study: Study, sweep: Sweep) -> Trial:
+    """The next trial, which bears the name of its run.
+
+    What it tries depends on the seed, on how many runs there are, and on how they came out, not on which process asks:
+    a search that was interrupted goes on with the values that it would have come to.
+    """
+    import numpy as np
     from optuna import samplers
 
-    if sweep.sampler in ("random", "grid"):  # the trials of a grid are all in the queue
-        return samplers.RandomSampler(seed=sweep.seed)
-    return samplers.TPESampler(seed=sweep.seed)
+    tried = {trial.user_attrs.get("run") for trial in study.get_trials(False)} - {None}
+    seed = int(np.random.SeedSequence([sweep.seed, len(tried)]).generate_state(1)[0])
+    # The trials of a grid are all in the queue.
+    study.sampler = samplers.TPESampler(seed=seed) if sweep.sampler == "tpe" else samplers.RandomSampler(seed=seed)
+    trial = study.ask()
+    trial.set_user_attr("run", trial.user_attrs.get("run") or f"{sweep.name}-{trial.number:03d}")
+    return trial
 
 
 def _pruner(sweep: Sweep) -> BasePruner:
