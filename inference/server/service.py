@@ -197,6 +197,9 @@ class Service:
                     self._silent.add(number)
             except UserError as error:
                 self._tell(generation.fail, ApiError(400, str(error), "invalid_value"))
+            except Exception as error:
+                log.exception("the engine could not take a request")
+                self._tell(generation.fail, _failed(error))
 
         self._commands.put(act)
 
@@ -214,8 +217,7 @@ class Service:
     def _run(self) -> None:
         try:
             engine = self._make_engine()
-            for _ in engine.generate([Request([], max_new_tokens=1)]):
-                pass
+            _write_a_token(engine)
         except BaseException as error:
             self._ready.put(error)
             return
@@ -258,16 +260,21 @@ class Service:
             self._sent.wait(STANDS_BACK)
 
     def _recover(self, engine: Engine, error: Exception) -> None:
-        """End all sequences of a step that failed, so that the next ones find an empty engine."""
+        """End all sequences of a step that failed, so that the next ones find an empty engine; see whether it works."""
         self.healthy = False
         log.exception("the engine failed")
-        message = str(error) if isinstance(error, UserError) else "The server failed while it wrote. Its log says more."
         for generation in {owner for owner, _ in self._numbers.values()}:
-            self._tell(generation.fail, ApiError(500, message, "engine_failed"))
+            self._tell(generation.fail, _failed(error))
         for number in self._numbers:
             engine.cancel(number)
         self._numbers.clear()
         self._silent.clear()
+        try:
+            _write_a_token(engine)
+        except Exception:
+            log.exception("the engine still fails")
+        else:
+            self.healthy = True
 
     def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None
@@ -275,6 +282,16 @@ class Service:
             self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:
             pass  # the event loop has ended, and with it those who would read
+
+
+def _write_a_token(engine: Engine) -> None:
+    for _ in engine.generate([Request([], max_new_tokens=1)]):
+        pass
+
+
+def _failed(error: Exception) -> ApiError:
+    message = str(error) if isinstance(error, UserError) else "The server failed while it wrote. Its log says more."
+    return ApiError(500, message, "engine_failed")
 
 
 def _deliver(arrived: dict[Generation, list[Arrival]], sent: threading.Event) -> None:
