@@ -36,6 +36,11 @@ def test_the_base_is_the_demo() -> None:
     assert auto.training.adamw.weight_decay == adamw.weight_decay
 
 
+def test_a_decay_that_the_demo_has_not_stays_as_given() -> None:
+    muon = chosen("training.learning_rate=auto", "training.muon.weight_decay=0.02", "model.d_model=256").training.muon
+    assert DEMO_RATES.muon_decay == 0 and muon.weight_decay == 0.02
+
+
 def test_given_rates_stay() -> None:
     config = chosen("training.adamw.learning_rate=0.5")
     assert config.training.adamw.learning_rate == 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,14 @@ class TestGuard:
         falling = [1.03**-step for step in range(400)]
         found, guard = self.judge([*falling, 100 * falling[-1], *[1e6] * 100, falling[-1]])
         assert not any(found[:400]) and all(found[400:501]) and found[501] is False
+
+    def test_too_many_in_a_row_are_too_many_though_a_good_one_came_before_they_were_read(self) -> None:
+        guard = SpikeGuard(10.0, 3, torch.device("cpu"))
+        for bad, lost in ((2, False), (3, True)):
+            for step, norm in enumerate([1.0, *[math.nan] * bad, 1.0]):
+                guard.judge(torch.tensor(norm), step, range(step, step + 1))
+            assert len(guard.read()) == bad
+            assert (guard.lost(lambda samples: [str(each) for each in samples], "the record") is not None) is lost
 
     def test_a_saved_guard_judges_as_one_that_never_stopped(self) -> None:
         rng = np.random.default_rng(0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import signal
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config.errors import UserError
 from config.training import BatchWarmupConfig, ScheduleConfig, ShortSequencesConfig
@@ -46,7 +49,8 @@ from tests.small_runs import (
 )
 from tests.workspace import LIVELY
 from training import randomness
-from training.console import Console, count, duration
+from training.console import Console, count, duration, size
+from training.loop import Loop
 from training.plan import make_plan
 from training.pretraining import open_pretraining
 from training.schedules import batch_rows, piece_length, rate_factor, sequences_through
@@ -128,6 +132,44 @@ class TestLoss:
         assert len(Path("runs").glob("*/skipped.jsonl").__next__().read_text().splitlines()) == 30
         after = broken.state_dict()
         assert all(torch.equal(before[name].nan_to_num(7), after[name].nan_to_num(7)) for name in before)
+
+    def test_no_number_is_read_back_from_the_device_in_a_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From the first layer to the optimizer; Muon would on a CPU alone, where it costs nothing."""
+        read: list[str] = []
+
+        class Watch(TorchDispatchMode):
+            def __init__(self) -> None:
+                super().__init__()
+                self.begun = False
+
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                self.begun |= func is torch.ops.aten.embedding.default
+                if self.begun and func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+                    read.append("".join(traceback.format_stack(limit=6)))
+                return func(*args, **(kwargs or {}))
+
+        steps, plain = 0, Loop._update
+
+        def watched(loop: Loop, *given: Any) -> None:
+            nonlocal steps
+            steps += 1
+            with Watch() as watch:
+                plain(loop, *given)
+            assert watch.begun
+
+        monkeypatch.setattr(Loop, "_update", watched)
+        train_here(RandomSamples(32, 32), "training.optimizer=adamw", "training.micro_batch_size=4")
+        assert steps == 8 and not read, read[0]
+
+    def test_the_collector_leaves_alone_what_was_there_before_the_first_step(self) -> None:
+        frozen = []
+
+        def evaluate(model: Transformer, rank: int, world: int) -> FixedLoss:
+            frozen.append(gc.get_freeze_count())
+            return FixedLoss()
+
+        train_here(RandomSamples(32, 32), "training.eval_interval=4", evaluate=evaluate)
+        assert len(frozen) == 2 and min(frozen) > 10_000 and gc.get_freeze_count() == 0
 
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
     def test_mixed_precision_learns_and_keeps_float32_weights(self, precision: str) -> None:
@@ -505,6 +547,13 @@ class TestConsole:
             "1.0M",
             "4.1M",
             "6.5B",
+        ]
+        assert [size(x) for x in (520e6, 999.6e6, 1.2e9, 65e9, 139.9e9)] == [
+            "520MB",
+            "1.0GB",
+            "1.2GB",
+            "65.0GB",
+            "139.9GB",
         ]
         assert [duration(x) for x in (7, 750, 11045, 356400)] == ["0:07", "12:30", "3:04:05", "4d 03:00"]
 

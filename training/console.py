@@ -67,6 +67,11 @@ def count(number: float) -> str:
     return f"{scaled:.0f}{unit}" if not unit or scaled >= 99.95 else f"{scaled:.1f}{unit}"
 
 
+def size(number: float) -> str:
+    """Bytes as people read them: 520MB, 1.2GB, 139.9GB."""
+    return f"{number / 1e6:.0f}MB" if number < 999.5e6 else f"{number / 1e9:.1f}GB"
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds: 0:07, 12:30, 3:04:05, 4d 03:00."""
     whole = round(seconds)

@@ -33,7 +33,7 @@ from model.transformer import Transformer
 from training import randomness
 from training.adapters import weights_state
 from training.checkpointing import GOES_ON
-from training.console import Console, count, duration
+from training.console import Console, count, duration, size
 from training.distributed import Process
 from training.gauges import memory_in_use, temperature
 from training.measuring import Ask, EarlyStopping, Evaluate, Measured, Sample, due_at
@@ -236,7 +236,7 @@ class Loop:
         shown = "    -" if reading.loss is None else f"{reading.loss:.3f}"
         self.reading = f"  loss {shown}  {count(reading.tokens_per_second)} tok/s  MFU {reading.mfu:.0%}  ETA {left}"
         memory, degrees = memory_in_use(self.process.device), temperature(self.process.device)
-        self.reading += f"  {count(memory)}B" + ("" if degrees is None else f"  {degrees}°C")
+        self.reading += f"  {size(memory)}" + ("" if degrees is None else f"  {degrees}°C")
         self.console.progress(f"step {step}/{self.plan.steps}{self.reading}")
         for name, value in measured.items():
             self.console.say(f"step {step}/{self.plan.steps}  {name.replace('_', ' ')} {value:.4f}")

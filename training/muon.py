@@ -165,7 +165,7 @@ class Muon(torch.optim.Optimizer):
     With m the momentum: buffer = m * buffer + (1 - m) * gradient; update = orthogonalised((1 - m) * gradient + m *
     buffer); weight = (1 - lr * weight_decay) * weight - lr * max(1, rows / columns) ** 0.5 * update, as Jordan's own
     code and `torch.optim.Muon` have it. A weight is (out_features, in_features): the factor keeps the change of the
-    output, per unit of input, the same where a layer widens. With a `second_moment`, NorMuon: see `even_out_neurons`.
+    output, per unit of input, the same where a layer widens. With a `second_moment`, NorMuon: see `neuron_factors`.
 
     `found_inf`, a 0-D float tensor that the caller sets before `step`, makes a step change nothing where it is 1: the
     convention of PyTorch's fused optimizers, which needs no look at the device.

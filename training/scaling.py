@@ -135,9 +135,10 @@ def choose_rates(config: Config, plan: Plan) -> Config:
         "scalar_learning_rate": found.scalar,
         "weight_decay": found.adamw_decay,
     }
+    decay = found.muon_decay or training.muon.weight_decay  # the base has none that could be carried over
     changes = {
         "adamw": training.adamw.model_copy(update=adamw),
-        "muon": training.muon.model_copy(update={"learning_rate": found.muon, "weight_decay": found.muon_decay}),
+        "muon": training.muon.model_copy(update={"learning_rate": found.muon, "weight_decay": decay}),
     }
     model = config.model.model_copy(update={"init_std": found.init_std})
     return config.model_copy(update={"model": model, "training": training.model_copy(update=changes)})

@@ -47,7 +47,7 @@ class Skipped(NamedTuple):
 class SpikeGuard:
     """Judges every step. All processes of a run see the same norms, so they judge alike.
 
-    `in_a_row` are the steps left out since the last one that was not.
+    `in_a_row` are the steps left out since the last one that was not, or, once they are too many, since that one on.
     """
 
     def __init__(self, factor: float | None, most: int, device: torch.device) -> None:
@@ -80,7 +80,7 @@ class SpikeGuard:
             if skip:
                 found.append(Skipped(step, norm, samples.start, samples.stop))
                 self.in_a_row.append(found[-1])
-            else:
+            elif len(self.in_a_row) < self._most:
                 self.in_a_row.clear()
         self._unread.clear()
         return found
