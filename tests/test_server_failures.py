@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from socket import socket
 from typing import Any
 
-
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
