@@ -115,6 +115,21 @@ def test_a_model_too_large_for_one_gpu_fits_when_it_is_divided() -> None:
     assert table["most sequences that fit"] == ("none", "1", "1")
 
 
+def test_what_is_outside_the_blocks_is_gathered_whole() -> None:
+    small, large = (sizes("model.variant=modern-125m", f"model.vocab_size={words}") for words in (32768, 65536))
+    more = large.outside_blocks - small.outside_blocks
+    assert more == 32768 * small.model.d_model * (1 if small.model.tie_embeddings else 2)
+    for shards in (2, 64):
+        grown = {
+            part: large.memory(1, shards, 64).parts[part] - size
+            for part, size in small.memory(1, shards, 64).parts.items()
+        }
+        assert grown["gradients"] == 4 * more // shards, "reduced in every pass"
+        assert grown["working copies"] >= 4 * more
+        assert grown["or: gradients outside the blocks"] == 3 * 4 * more
+    assert small.memory(1).parts["or: gradients outside the blocks"] == 0
+
+
 def test_more_rows_more_activations_and_nothing_else() -> None:
     counted = sizes("model.variant=modern-125m")
     one, two = (counted.memory(rows).parts for rows in (2, 4))

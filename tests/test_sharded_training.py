@@ -95,6 +95,45 @@ with open_process("cpu") as process:
         torch.testing.assert_close(*([state[key]["second_moment"] for key in sorted(state)] for state in states))
 """
 
+HELD_GRADIENTS = """
+import gc
+import sys
+from functools import partial
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.small_runs import small_config
+from training.distributed import open_process
+from training.layout import make_layout
+from training.parallelism import deal, micro_batch
+from training.precision import Precision
+from training.setup import new_model
+
+def held():
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not isinstance(each, DTensor)]
+    return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}.values())
+
+config = small_config(*sys.argv[1:], "model.n_layers=6", "model.zero_init_projections=false")
+with open_process("cpu") as process:
+    layout = make_layout(config, process.world_size)
+    spread = partial(deal, layout=layout, process=process, precision=Precision("fp32", process.device))
+    model = new_model(config, process.device, spread)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    root = whole - sum(parameter.nbytes for parameter in model.blocks.parameters())
+    tokens = torch.randint(0, 100, (3, 2, 33), generator=torch.Generator().manual_seed(process.rank))
+    before = held()
+    for part in tokens[:2]:
+        with micro_batch(model, last=False):
+            model(part[:, :-1], part[:, 1:]).backward()
+        grown = held() - before
+        assert grown < 0.6 * whole + root, (grown, whole, root)
+    with micro_batch(model, last=True):
+        model(tokens[2, :, :-1], tokens[2, :, 1:]).backward()
+    assert 0.4 * whole < held() - before < 0.6 * whole
+"""
+
 
 class TestLayout:
     def test_deals_processes_to_copies_and_shards(self) -> None:
@@ -153,6 +192,11 @@ class TestSharded:
         own = [f"training.checkpoint_dir={name}", f"training.run_name={name}", *TEN_STEPS]
         run_processes(one_device, processes, MASKED_RUN, *own, *settings)
         assert_same_run(one_device, "one", name)
+
+    @pytest.mark.parametrize("settings", [["parallelism=fsdp"], ["parallelism=hsdp", "training.shard_group=2"]])
+    def test_no_process_holds_whole_gradients_between_micro_batches(self, tmp_path: Path, settings: list[str]) -> None:
+        """Two shards: half of the gradients, and of the weights those of the root, which stay gathered."""
+        run_processes(tmp_path, 2 * len(settings), HELD_GRADIENTS, f"training.{settings[0]}", *settings[1:])
 
     def test_one_run_on_one_two_four_and_one_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Files and folders alike are taken by any number of processes, sliced or sharded; the curve stays that of one

@@ -74,21 +74,24 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one GPU, by part: what stays, what a forward and backward pass takes, and what the update after it."""
+    """Bytes on one GPU, by part: what stays, what the height of a forward and backward pass takes, and other moments.
+
+    Each of the `others` is a moment of its own, when what the height of a pass takes is not there.
+    """
 
     state: dict[str, int]
     passes: dict[str, int]
-    update: dict[str, int]
+    others: dict[str, int]
 
     @property
     def parts(self) -> dict[str, int]:
         """All of them."""
-        return self.state | self.passes | self.update
+        return self.state | self.passes | self.others
 
     @property
     def total(self) -> int:
-        """The most at any time: passes and update take turns."""
-        return sum(self.state.values()) + max(sum(self.passes.values()), sum(self.update.values()))
+        """The most at any time."""
+        return sum(self.state.values()) + max(sum(self.passes.values()), *self.others.values())
 
 
 class Sizes:
@@ -106,6 +109,7 @@ class Sizes:
         self.parameters = made.num_parameters()
         self.stored = sum(parameter.numel() for parameter in made.parameters())
         self.largest_block = max(sum(p.numel() for p in block.parameters()) for block in made.blocks)
+        self.outside_blocks = self.stored - sum(parameter.numel() for parameter in made.blocks.parameters())
         self.muon = sum(parameter.numel() for parameter in groups["muon"])
         stacks = Counter(parameter.shape for parameter in groups["muon"])
         self.largest_stack = max((number * shape.numel() for shape, number in stacks.items()), default=0)
@@ -140,13 +144,16 @@ class Sizes:
         """Bytes on one of `gpus` GPUs, of which `shards` divide weights, gradients and moments; 1 is no division.
 
         `mixed` is products in bfloat16 with float32 weights beside them. Divided weights are gathered block by block:
-        the one at work and the next. Matrices that Muon moves are dealt to all GPUs.
+        the one at work and the next; beside them lie the gradients of one, whole, and these in float32 on their way.
+        What is outside the blocks is gathered in float32, and at the end of a pass its gradients are there twice, too.
+        Matrices that Muon moves are dealt to all GPUs.
         """
         kept = self._kept(mixed)
         tokens = micro_batch_rows * self.length
         # In float32 a logit and its log-probability, which turns into its gradient, and that in the products' type.
         logits = (10 if mixed else 8) * min(CHUNK, tokens) * self.model.padded_vocab_size
-        gathered = 2 * self.largest_block * (2 if mixed else 4) if shards > 1 else 0
+        outside = 4 * self.outside_blocks if shards > 1 else 0
+        gathered = outside + self.largest_block * (3 * (2 if mixed else 4) + 4) if shards > 1 else 0
         return Memory(
             state={
                 "weights": 4 * self.stored // shards,
@@ -158,7 +165,10 @@ class Sizes:
                 "activations": round((kept.per_token + kept.recomputed) * tokens),
                 "logits of a chunk": logits,
             },
-            update={"or: Muon's step": STACK_BYTES * self.largest_stack // gpus},
+            others={
+                "or: gradients outside the blocks": 3 * outside,
+                "or: Muon's step": STACK_BYTES * self.largest_stack // gpus,
+            },
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from training.distributed import Process
+from training.throughput import wait_for
 
 
 class Reading(NamedTuple):
@@ -62,7 +63,8 @@ class Meter:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Time spent inside is not training."""
+        """Time spent inside is not training; what the device has still to do of the steps before it is."""
+        wait_for(self.process.device)
         started = time.perf_counter()
         try:
             yield

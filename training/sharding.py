@@ -61,13 +61,13 @@ def units(model: nn.Module) -> list[FSDPModule]:
 
 
 def set_last_micro_batch(model: nn.Module, last: bool) -> None:
-    """Before each micro-batch: gradients are summed over the processes in the last one alone.
+    """Before each micro-batch: its gradients are summed into the shards, over the groups in the last one alone.
 
-    Until then they stay whole on each process, and so do the root's parameters, which are there at the peak anyway.
+    So no process ever holds more than its part of them, but for those of a block at work. The root's parameters, which
+    are there at the peak anyway, stay gathered between micro-batches.
     """
     assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(last)
-    model.set_is_last_backward(last)
+    model.set_requires_all_reduce(last)
     model.set_reshard_after_backward(last, recurse=False)
 
 

@@ -17,10 +17,10 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float 
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, deadline = float("inf"), 0.0
     for attempt in range(1000):
-        _wait(device)
+        wait_for(device)
         started = time.perf_counter()
         left @ right
-        _wait(device)
+        wait_for(device)
         now = time.perf_counter()
         if attempt == 0:
             deadline = now + seconds
@@ -31,7 +31,8 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float 
     return 2.0 * size**3 / best
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Return when `device` has done all that it was given; a CPU has, at any time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
