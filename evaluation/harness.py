@@ -88,7 +88,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         pairs: list[tuple[list[int], list[int]]] = []
         counts = []
         for request in requests:
-            ids = self.tok_encode(request.args[0])
+            ids = [*self._text.prefix_ids, *self.tok_encode(request.args[0])]  # scored too, as the harness does
             windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
             pairs += map(make_disjoint_window, windows)
             counts.append(len(pairs))

@@ -16,13 +16,16 @@ import torch
 
 from config.errors import UserError
 from data.tokenization import load_tokenizer
-from data.tokenization.probes import probe_texts
+from data.tokenization.probes import LANGUAGES, probe_texts
+from evaluation.downstream import read_results
 from inference.engine import Engine, Request
 from inference.prompting import chat_prompt, with_token_ids
 from inference.sampling import SamplingSettings
 from model.checkpoint import load_model
+from scripts.eval import evaluate
 from scripts.export import export
 from tests.llama_folders import MARK, sentence_piece, tokenizer_json, write_model
+from tests.test_downstream import NAMES, TASKS, lines
 
 TEXTS = [
     "",
@@ -125,6 +128,58 @@ def test_an_import_leaves_as_it_came(tmp_path: Path, kind: str) -> None:
     import_module("scripts.import").import_model(str(tmp_path / "again"), output=tmp_path / "back")
     first, second = (load_tokenizer(tmp_path / f"{folder}/tokenizer") for folder in ("ours", "back"))
     assert first.fingerprint == second.fingerprint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["first", "prepend"])
+def test_figures_equal_those_of_lm_eval_on_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    model = write_model(tmp_path / "theirs", kind, max_position_embeddings=256)
+    with torch.no_grad():  # no bytes are written: of runs that are no UTF-8, transformers makes other texts
+        model.lm_head.weight[3:259] = model.lm_head.weight[303:559] / 2
+    model.save_pretrained(tmp_path / "theirs")
+    import_module("scripts.import").import_model("theirs", output=tmp_path / "ours")
+    questions = [
+        {"context": f"The {word} is", "choices": [f"{word}s", "the end", "  two"], "gold": number % 3}
+        for number, word in enumerate(["mill", "café", "日本", "🙂", "quern", "stone"])
+    ]
+    lines(tmp_path / "tasks/choice.jsonl", questions)
+    lines(tmp_path / "tasks/texts.jsonl", [{"text": text} for text in LANGUAGES[:4]])
+    for task in TASKS:
+        (tmp_path / f"tasks/{task.split()[1]}.yaml").write_text(task.replace("FOLDER", str(tmp_path / "tasks")))
+    theirs = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(tmp_path / "theirs"), "dtype": "float32"},
+        tasks=NAMES,
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        batch_size=1,
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    settings = ["training.precision=fp32", "training.device=cpu"]
+    evaluate(settings, checkpoint="ours", tasks=",".join(NAMES), include_path=[tmp_path / "tasks"])
+    ours = read_results(tmp_path / "ours/tasks.json")
+    assert theirs is not None
+    for name in NAMES:
+        found = {key: one["value"] for key, one in ours[name]["metrics"].items()}
+        assert found == pytest.approx({key: theirs["results"][name][f"{key},none"] for key in found}, rel=1e-4)
+    samples = sorted(theirs["samples"]["own_writing"], key=lambda sample: int(sample["doc_id"]))
+    written = [sample["filtered_resps"][0] for sample in samples]
+    assert any(text.strip() for text in written)
+    lines(
+        tmp_path / "again/choice.jsonl",
+        [{**one, "choices": [text] * 3} for one, text in zip(questions, written, strict=True)],
+    )
+    task = (tmp_path / "tasks/own_writing.yaml").read_text()
+    (tmp_path / "again/own_writing.yaml").write_text(task.replace("/tasks/", "/again/"))
+    evaluate(settings, checkpoint="ours", tasks="own_writing", include_path=[tmp_path / "again"])
+    assert read_results(tmp_path / "ours/tasks.json")["own_writing"]["outcomes"]["exact_match"] == [1.0] * 6
 
 
 def of_gguf(path: Path) -> tuple[Any, dict[str, Any]]:
