@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from socket import socket
 from typing import Any
@@ -180,6 +181,22 @@ class TestChat:
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**settings, response_format=form)
         assert caught.value.param == "response_format"
+        assert re.search("The JSON schema cannot be used: .*nothing.*[.]$", caught.value.body["message"])  # type: ignore
+
+    def test_a_form_that_cannot_be_followed_to_its_end(self, client: openai.OpenAI, server: Server) -> None:
+        lists = [{"type": "array", "items": {"const": number}} for number in range(2100)]  # more than llguidance keeps
+        schema = {"type": "object", "properties": {"b": {"anyOf": lists}}, "required": ["b"]}
+        form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        settings: dict[str, Any] = {"model": MODEL, "messages": TALK, "max_tokens": 100, "response_format": form}
+        once = client.with_options(max_retries=0)
+        with pytest.raises(openai.InternalServerError, match="form of the text could not be followed") as caught:
+            once.chat.completions.create(**settings)
+        assert (caught.value.code, caught.value.type) == ("form_failed", "server_error")
+        with pytest.raises(openai.APIError, match="form of the text could not be followed"):
+            for _ in once.chat.completions.create(**settings, stream=True):
+                pass
+        assert once.chat.completions.create(model=MODEL, messages=TALK, max_tokens=2).choices
+        assert server.metric("quern_running_sequences") == 0
 
     def test_parts_developer_and_the_answer_sent_back(self, client: openai.OpenAI) -> None:
         settings: dict[str, Any] = {"model": MODEL, "max_tokens": 5, "seed": 4}
