@@ -43,7 +43,7 @@ class ModelConfig(Section):
     activation: Literal["gelu", "swiglu", "squared_relu"]
     bias: bool
     tie_embeddings: bool
-    qk_norm: bool
+    qk_norm: bool | Literal["learned"]
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
     init_std: Rate
     zero_init_projections: bool

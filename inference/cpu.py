@@ -47,7 +47,7 @@ class CPUModel:
             self._vocab_size,
             _ACTIVATIONS[config.activation],
             config.norm == "rmsnorm",
-            config.qk_norm,
+            bool(config.qk_norm),
             config.norm_eps,
         )
         self._weights = self._gather()
@@ -63,6 +63,7 @@ class CPUModel:
             all(type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu" for weight in weights)
             and all(isinstance(layer, (nn.Linear, QuantizedLinear)) for layer in layers)
             and model.token_embedding.weight.dtype in (torch.float32, torch.bfloat16)
+            and model.config.qk_norm != "learned"
         )
 
     def run(

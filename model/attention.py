@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from config.model import ModelConfig
 from model.cache import KVCache
 from model.masks import Mask, Masks, Pieces
-from model.norms import rms_norm
+from model.norms import HeadNorm, rms_norm
 from model.positions import Rotation, rotate
 from model.sharding import random_numbers_of_slice
 
@@ -42,10 +42,10 @@ class Shared(NamedTuple):
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al., 2017), grouped-query where `n_kv_heads` is smaller (Ainslie et al., 2023).
 
-    With `qk_norm`, queries and keys are divided by their root mean square per head (Henry et al., 2020), without a
-    learned scale. In layers with a value embedding (Zhou et al., 2024, as simplified in modded-nanogpt), a vector that
-    depends on the token alone is added to the values, times a gate in (0, 2) per head that opens by the first channels
-    of the input (nanochat, 2026) and starts at 1.
+    With `qk_norm`, queries and keys are divided by their root mean square per head (Henry et al., 2020), and "learned"
+    scaled by a vector for all heads (Qwen3, 2025). In layers with a value embedding (Zhou et al., 2024, as simplified
+    in modded-nanogpt), a vector that depends on the token alone is added to the values, times a gate in (0, 2) per head
+    that opens by the first channels of the input (nanochat, 2026) and starts at 1.
 
     Where several processes share the heads, `slice` is the number of those that are here.
     """
@@ -62,6 +62,10 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.d_model, kv_width, bias=config.bias)
         self.value = nn.Linear(config.d_model, kv_width, bias=config.bias)
         self.output = nn.Linear(width, config.d_model, bias=config.bias)
+        self.query_norm: HeadNorm | None = None
+        self.key_norm: HeadNorm | None = None
+        if config.qk_norm == "learned":
+            self.query_norm, self.key_norm = (HeadNorm(config.head_dim, config.norm_eps) for _ in range(2))
         self.value_gate: nn.Linear | None = None
         if layer in config.value_embedding_layers:
             self.value_gate = nn.Linear(min(GATE_CHANNELS, config.d_model), config.kv_heads, bias=False)
@@ -76,7 +80,9 @@ class Attention(nn.Module):
         if self.value_gate is not None and value_embedding is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))
             value = torch.addcmul(value, gate.unsqueeze(-1), value_embedding.to(value.dtype).view(heads))
-        if self.qk_norm:
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        elif self.qk_norm:
             query = rms_norm(query, None, self.norm_eps)
             key = rms_norm(key, None, self.norm_eps)
         if shared.rotation is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from config.model import ModelConfig
+from model.sharding import with_summed_gradient
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -30,6 +34,19 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` `(..., width)` over its last dimension."""
         return rms_norm(x, self.weight, self.eps)
+
+
+class HeadNorm(RMSNorm):
+    """The same of queries or keys `(..., head_dim)`, with one scale for all heads, in the dtype that they have.
+
+    Where several processes share the heads, `mesh` is theirs: the gradient of the scale is summed over it.
+    """
+
+    mesh: DeviceMesh | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.mesh is None else with_summed_gradient(self.weight, self.mesh)
+        return rms_norm(x, weight.to(x.dtype), self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -6,12 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,15 @@ def linear_whole(x: Tensor, matrix: Tensor) -> Tensor:
     product: Any = F.linear(everywhere, matrix)
     whole: Tensor = product.full_tensor()
     return whole
+
+
+def with_summed_gradient(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    """`tensor`, the same in all processes of `mesh`, each of which uses it for its part: their gradients are summed."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    everywhere: Any = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+    local: Tensor = everywhere.to_local(grad_placements=[Partial()])
+    return local
 
 
 @contextmanager

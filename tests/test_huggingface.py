@@ -28,8 +28,10 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "llama tied, grouped": {**LLAMA, "tie_embeddings": "true", "n_kv_heads": 2, "d_ff": 80},
     "llama one key head, biases, theta": {**LLAMA, "n_kv_heads": 1, "bias": "true", "rope_theta": 500.0},
     "qwen3": {**LLAMA, "qk_norm": "true", "tie_embeddings": "true", "n_kv_heads": 2},
+    "qwen3 with learned scales": {**LLAMA, "qk_norm": "learned", "n_kv_heads": 2},
     "arcee with biases": {"qk_norm": "false", "bias": "true"},
     "apertus, the default": {"rope_theta": 500.0},
+    "apertus with learned scales": {"qk_norm": "learned"},
     "apertus tied, grouped": {"tie_embeddings": "true", "n_kv_heads": 2},
 }
 CLASSES = {"gpt2": "GPT2LMHead", "llama": "Llama", "qwen3": "Qwen3", "arcee": "Arcee", "apertus": "Apertus"}
@@ -198,12 +200,16 @@ def test_what_cannot_be_imported_is_named(theirs: Any, message: str) -> None:
         from_huggingface(theirs())
 
 
-def test_a_learned_scale_of_queries_is_refused() -> None:
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_scales_of_queries_and_keys_come_in_where_they_are_learned(scale: float) -> None:
     hf_model = to_huggingface(Transformer(config_of()))
     with torch.no_grad():
-        hf_model.model.layers[1].self_attn.k_norm.weight[3] = 2
-    with pytest.raises(UserError, match="learned model.layers.1.self_attn.k_norm"):
-        from_huggingface(hf_model)
+        hf_model.model.layers[1].self_attn.k_norm.weight[3] = scale
+    model = from_huggingface(hf_model)
+    assert model.config.qk_norm == (True if scale == 1.0 else "learned")
+    with torch.no_grad():
+        assert (model(tokens()) - hf_model(tokens()).logits).abs().max() < 1e-4
+    assert to_huggingface(model).model.layers[1].self_attn.k_norm.weight[3] == scale
 
 
 def test_transformers_is_not_imported_before_it_is_needed() -> None:

@@ -91,6 +91,9 @@ def write(folder: Path, kind: str = "Llama", dtype: torch.dtype = torch.float32,
         sizes = {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.3}
         config = getattr(transformers, f"{kind}Config")(**{**shape, **sizes, **shared, **options})
         model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    for name, weight in model.named_parameters():
+        if "q_norm" in name or "k_norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 2.0)
     model = model.to(dtype).eval()
     model.generation_config.eos_token_id = ends
     model.save_pretrained(folder)
@@ -114,8 +117,9 @@ LLAMA3 = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **SCAL
         ("Llama", torch.bfloat16, {"tie_word_embeddings": True}),
         ("GPT2", torch.float32, {}),
         ("Mistral", torch.float32, {"sliding_window": None}),
+        ("Qwen3", torch.float32, {"head_dim": 8}),
     ],
-    ids=["llama3", "bf16", "gpt2", "mistral"],
+    ids=["llama3", "bf16", "gpt2", "mistral", "qwen3"],
 )
 def test_an_import_gives_the_tokens_logits_and_texts_of_transformers(
     tmp_path: Path, kind: str, dtype: torch.dtype, options: dict[str, Any]
@@ -176,7 +180,9 @@ def bring_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
     return bring_in
 
 
-@pytest.mark.parametrize("kind,options", [("Llama", LLAMA3), ("GPT2", {})], ids=["llama3", "gpt2"])
+@pytest.mark.parametrize(
+    "kind,options", [("Llama", LLAMA3), ("GPT2", {}), ("Qwen3", {"head_dim": 8})], ids=["llama3", "gpt2", "qwen3"]
+)
 def test_an_import_leaves_as_it_came(bring_in: Callable[..., Any], kind: str, options: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -208,6 +214,17 @@ def test_an_import_becomes_a_gguf_file(bring_in: Callable[..., Any]) -> None:
     types = {name: gguf.TokenType(own["token_type"][index]).name for name, index in names.items()}
     assert types == {**dict.fromkeys(SPECIAL, "CONTROL"), "<think>": "USER_DEFINED"}
     assert own["tokenizer.chat_template"] == TEMPLATE
+
+
+def test_learned_scales_of_queries_and_keys_leave_for_gguf(bring_in: Callable[..., Any]) -> None:
+    theirs = bring_in("Qwen3", head_dim=8)
+    export(Path("model.gguf"), to="gguf", checkpoint="ours")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader("model.gguf").tensors}
+    attention = theirs.model.layers[1].self_attn
+    for name, norm in (("attn_q_norm", attention.q_norm), ("attn_k_norm", attention.k_norm)):
+        found = tensors[f"blk.1.{name}.weight"]
+        assert found.tensor_type == gguf.GGMLQuantizationType.F32
+        assert found.data.tolist() == norm.weight.tolist()
 
 
 def _pickled(folder: Path) -> None:

@@ -19,6 +19,7 @@ from model import loss as loss_module
 from model.attention import attend
 from model.cache import KVCache
 from model.transformer import Transformer
+from training.optimizers import sort_parameters
 
 VOCABULARY = 300
 
@@ -86,7 +87,12 @@ class TestTransformer:
     @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
     @pytest.mark.parametrize("activation", ["squared_relu", "gelu", "swiglu"])
     @pytest.mark.parametrize(
-        "rest", [{}, {"bias": "true", "n_kv_heads": 1, "tie_embeddings": "true", "qk_norm": "false"}, SKIPS]
+        "rest",
+        [
+            {},
+            {"bias": "true", "n_kv_heads": 1, "tie_embeddings": "true", "qk_norm": "false"},
+            {**SKIPS, "qk_norm": "learned"},
+        ],
     )
     def test_every_option_takes_part(self, position: str, norm: str, activation: str, rest: dict[str, Any]) -> None:
         model = Transformer(small_config(position=position, norm=norm, activation=activation, n_layers=1, **rest))
@@ -95,6 +101,22 @@ class TestTransformer:
         silent = {name for name, grad in grads.items() if not grad.any()}
         # Softmax does not see what is added to every key alike, so the key's bias counts only where positions turn it.
         assert silent <= ({"blocks.0.attention.key.bias"} if position == "learned" else set())
+
+    def test_learned_scales_of_queries_and_keys_are_vectors_for_all_heads(self) -> None:
+        plain, learned = (Transformer(small_config(qk_norm=kind, n_layers=2)) for kind in ("true", "learned"))
+        assert learned.num_parameters() == plain.num_parameters() + 2 * 2 * learned.config.head_dim
+        learned.load_state_dict(plain.state_dict(), strict=False)
+        tokens = random_tokens(2, 16)
+        torch.testing.assert_close(learned(tokens), plain(tokens))
+        learned.init_weights(0)
+        scales = [
+            weight
+            for name, weight in learned.named_parameters()
+            if name.endswith(("query_norm.weight", "key_norm.weight"))
+        ]
+        assert len(scales) == 4 and all(scale.eq(1).all() for scale in scales)
+        groups = sort_parameters(learned, with_muon=True)
+        assert {id(scale) for scale in scales} <= {id(parameter) for parameter in groups["scalar"]}
 
     def test_gelu_is_the_tanh_form(self) -> None:
         model = Transformer(small_config(activation="gelu"))
@@ -384,7 +406,7 @@ class TestKVCache:
         heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4)]),
         activation=st.sampled_from(["swiglu", "gelu"]),
         norm=st.sampled_from(["rmsnorm", "layernorm"]),
-        qk_norm=st.booleans(),
+        qk_norm=st.sampled_from(["true", "false", "learned"]),
         skips=st.booleans(),
         window=st.sampled_from([None, 1, 3, 8]),
         lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
@@ -397,7 +419,7 @@ class TestKVCache:
         heads: tuple[int, int],
         activation: str,
         norm: str,
-        qk_norm: bool,
+        qk_norm: str,
         skips: bool,
         window: int | None,
         lengths: list[int],
@@ -410,7 +432,7 @@ class TestKVCache:
             n_kv_heads=heads[1],
             activation=activation,
             norm=norm,
-            qk_norm=str(qk_norm).lower(),
+            qk_norm=qk_norm,
             value_embeddings="alternate" if skips else "none",
             residual_scaling=str(skips).lower(),
             window=window,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from socket import socket
 from typing import Any
@@ -178,10 +177,9 @@ class TestChat:
         answer = client.chat.completions.create(**settings, response_format=form).choices[0]
         assert list(json.loads(answer.message.content or "")) == ["sure"]
         form["json_schema"]["schema"] = {"type": "nothing"}
-        with pytest.raises(openai.BadRequestError) as caught:
+        with pytest.raises(openai.BadRequestError, match="The JSON schema cannot be used: .*nothing") as caught:
             client.chat.completions.create(**settings, response_format=form)
         assert caught.value.param == "response_format"
-        assert re.search("The JSON schema cannot be used: .*nothing.*[.]$", caught.value.body["message"])  # type: ignore
 
     def test_a_form_that_cannot_be_followed_to_its_end(self, client: openai.OpenAI, server: Server) -> None:
         lists = [{"type": "array", "items": {"const": number}} for number in range(2100)]  # more than llguidance keeps

@@ -36,12 +36,13 @@ from training.shares import take_gradients
 HEADS, ROWS = 4, 4
 VOCABULARY = 130  # of 256 rows: the last slices hold little or nothing of it
 LOGITS = ["model.logit_soft_cap=2", "training.z_loss=0.01"]
+SCALES = ["model.qk_norm=learned"]
 MATRICES = ["model.value_embeddings=all", "model.tie_embeddings=false", "model.activation=swiglu", "model.bias=true"]
 DROPOUT = ["model.dropout=0.3", "training.gradient_checkpointing=full"]
 WAYS = {
-    2: [["training.tensor_parallel=2", *LOGITS, *MATRICES]],
+    2: [["training.tensor_parallel=2", *LOGITS, *MATRICES, *SCALES]],
     4: [
-        ["training.parallelism=fsdp", "training.tensor_parallel=2", *LOGITS, *MATRICES],
+        ["training.parallelism=fsdp", "training.tensor_parallel=2", *LOGITS, *MATRICES, *SCALES],
         ["training.parallelism=ddp", "training.tensor_parallel=2", *DROPOUT],
         ["training.tensor_parallel=4", *LOGITS],
     ],

@@ -5,7 +5,8 @@ outputs, so that each process has some of the heads, or of the hidden units, and
 inputs, so that a sum over the processes completes it: two sums forward and two backward for each block. Value
 embeddings and their gates go with the heads. Token embedding and head are cut by words: one more sum forward makes
 vectors of tokens, and the loss never has more than a process's own words of the logits (see `model.loss`). Norms,
-learned positions and what scales the residual stream are the same on all processes.
+learned positions and what scales the residual stream are the same on all processes; so are learned scales of queries
+and keys, of which each process finds the gradient for its own heads, and these are summed.
 
 So is the residual stream, and with it what dropout leaves of it: neighbours draw the same random numbers, but for the
 shares of attention, of which each has those of its own heads.
@@ -55,6 +56,9 @@ def slice_matrices(model: Transformer, mesh: DeviceMesh) -> None:
         assert isinstance(block, Block)
         _slice(block, PARTS_OF_BLOCK, tensor)
         block.attention.slice = tensor.get_local_rank()
+        for norm in (block.attention.query_norm, block.attention.key_norm):
+            if norm is not None:
+                norm.mesh = tensor
 
 
 def _slice(module: nn.Module, plan: dict[str, ParallelStyle], mesh: DeviceMesh) -> None:

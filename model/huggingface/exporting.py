@@ -62,7 +62,7 @@ def to_huggingface(model: Transformer) -> Any:
         theirs = getattr(transformers, f"{kin.name}ForCausalLM")(_kin_config(kin, config, shared))
         state = {there: weights[here] for here, there in kin_names(kin, config).items()}
         scale = torch.ones(config.head_dim, dtype=model.output_weight.dtype)
-        state |= {f"{name}.weight": scale.clone() for name in scales(kin, config)}
+        state = {name: scale.clone() for name in scales(kin, config)} | state
     theirs = theirs.to(model.output_weight.dtype)
     if config.tie_embeddings:
         state["lm_head.weight"] = weights["token_embedding.weight"]
@@ -89,8 +89,12 @@ def _yaml(value: Any) -> str:
 
 def _kin_of(config: ModelConfig) -> Kin:
     """The architecture with the equations of `config`; `UserError` naming what none of them has."""
-    kin = next((kin for kin in KIN if (kin.activation, kin.qk_norm) == (config.activation, config.qk_norm)), LLAMA)
-    needed: dict[str, Any] = {"norm": "rmsnorm", "activation": kin.activation, "qk_norm": kin.qk_norm, **_NEUTRAL}
+    kin = next(
+        (kin for kin in KIN if (kin.activation, kin.qk_norm) == (config.activation, bool(config.qk_norm))), LLAMA
+    )
+    needed: dict[str, Any] = {"norm": "rmsnorm", "activation": kin.activation, **_NEUTRAL}
+    if not kin.qk_norm:
+        needed["qk_norm"] = False
     del needed["rope_scaling"]
     if "mlp_bias" not in kin.options:
         needed["bias"] = False

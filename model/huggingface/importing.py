@@ -28,9 +28,8 @@ def from_huggingface(hf_model: Any, context_length: int | None = None) -> Transf
     kin = next((kin for kin in KIN if name == f"{kin.name}ForCausalLM"), None)
     if kin is not None:
         config = _config_of_kin(kin, hf_model.config, context_length)
-        for scale in scales(kin, config):
-            if not (theirs[f"{scale}.weight"] == 1).all():
-                raise UserError(f"The {kin.name} model has a learned {scale}, which has no counterpart here.")
+        if not all((theirs[scale] == 1).all() for scale in scales(kin, config)):
+            config = config.model_copy(update={"qk_norm": "learned"})
         state = {here: theirs[there] for here, there in kin_names(kin, config).items()}
     elif name == "GPT2LMHeadModel":
         config = _config_of_gpt2(hf_model.config, context_length)

@@ -1,7 +1,7 @@
 """What the parts of a model are called in Hugging Face's `transformers`, for every architecture that goes both ways.
 
 GPT-2 has learned positions, Llama and its kin rotary ones. Of the kin, Qwen3 normalises queries and keys, Arcee has a
-squared ReLU, and Apertus both. Their normalisation of queries and keys has a learned scale, which is 1 here.
+squared ReLU, and Apertus both. Their normalisation of queries and keys has a learned scale, which may be 1 here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LLAMA_BLOCK = {
 }
 _UNGATED = {here: there for here, there in _LLAMA_BLOCK.items() if here != "feed_forward.gate"}
 _APERTUS_NORMS = {"attention_norm": "attention_layernorm", "feed_forward_norm": "feedforward_layernorm"}
-_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_QK_NORMS = {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
 
 
 class Kin(NamedTuple):
@@ -59,8 +59,9 @@ VOCABULARY_TABLES = ("token_embedding.weight", "head.weight")
 
 
 def scales(kin: Kin, config: ModelConfig) -> list[str]:
-    """Names of the normalisations of queries and keys, whose scale is 1 here."""
-    return [f"model.layers.{n}.{norm}" for n in range(config.n_layers) for norm in _QK_NORMS if kin.qk_norm]
+    """Names of the scales of queries and keys that are there."""
+    norms = _QK_NORMS.values() if kin.qk_norm else ()
+    return [f"model.layers.{layer}.{norm}.weight" for layer in range(config.n_layers) for norm in norms]
 
 
 def kin_names(kin: Kin, config: ModelConfig) -> dict[str, str]:
@@ -68,8 +69,9 @@ def kin_names(kin: Kin, config: ModelConfig) -> dict[str, str]:
     names = {"token_embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
     if not config.tie_embeddings:
         names["head.weight"] = "lm_head.weight"
+    block = kin.block | (_QK_NORMS if config.qk_norm == "learned" else {})
     for layer in range(config.n_layers):
-        for here, there in kin.block.items():
+        for here, there in block.items():
             kinds = ("weight", "bias") if config.bias and not here.endswith("norm") else ("weight",)
             for kind in kinds:
                 names[f"blocks.{layer}.{here}.{kind}"] = f"model.layers.{layer}.{there}.{kind}"
