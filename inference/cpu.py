@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.crew import Crew
-from inference.decoding import Memory, Shape, Weights, step
+from inference.decoding import Memory, Shape, Tokens, Weights, step
 from inference.kernels import GELU, SQUARED_RELU, SWIGLU
 from inference.multiplication import Operands
 from inference.products import DIGITS, EXACT_INT8
@@ -52,7 +52,7 @@ class CPUModel:
         )
         self._weights = self._gather()
         self._exact = EXACT_INT8 and np.int8 in (self._weights.kind.dtype, self._weights.head_kind.dtype)
-        self._memory = self._allocate(1)
+        self._make_room(1)
 
     @staticmethod
     def takes(model: Transformer) -> bool:
@@ -73,32 +73,28 @@ class CPUModel:
 
         Returns the float32 logits `(len(wanted), vocab_size)` after the tokens `wanted`; the next call overwrites them.
         """
-        model, count = self._model, len(tokens)
+        count, tables = len(tokens), self._model.value_embeddings.values()
         if min(tokens) < 0 or max(tokens) >= self._vocab_size:
             raise IndexError(f"one of {min(tokens)} to {max(tokens)} is not in a vocabulary of {self._vocab_size}")
         if count > len(self._memory.x):
-            self._memory = self._allocate(1 << (count - 1).bit_length())
-        memory, tables = self._memory, model.value_embeddings.values()
-        if tables:
-            ids = torch.tensor(tokens)
-            value_rows = torch.stack([F.embedding(ids, cast(Tensor, table.weight)).float() for table in tables]).numpy()
-        else:
-            value_rows = np.empty((0, count, 0), np.float32)
-        self._crew.run(
-            step,
-            self._shape,
-            self._weights,
-            memory,
-            self._keys,
-            self._values,
-            np.array(tokens, np.int64),
-            np.array(rows, np.int64),
-            np.array(positions, np.int64),
-            value_rows,
-            np.array(wanted, np.int64),
-        )
-        logits = torch.from_numpy(memory.logits[: len(wanted)])
-        return soft_capped(logits, model.config.logit_soft_cap)
+            self._make_room(1 << (count - 1).bit_length())
+        now = self._tokens
+        now.counts[:] = count, len(wanted)
+        now.ids[:count], now.rows[:count], now.positions[:count] = tokens, rows, positions
+        now.wanted[: len(wanted)] = wanted
+        for place, table in enumerate(tables):
+            now.value_rows[place, :count] = F.embedding(torch.tensor(tokens), cast(Tensor, table.weight)).float()
+        self._crew.run(step, self._shape, self._weights, self._memory, now, self._keys, self._values)
+        return soft_capped(self._logits[: len(wanted)], self._model.config.logit_soft_cap)
+
+    def _make_room(self, tokens: int) -> None:
+        """Have memory for steps of so many tokens."""
+        tables, width = len(self._model.value_embeddings), self._shape.kv_heads * self._shape.head_dim
+        self._memory = self._allocate(tokens)
+        self._logits = torch.from_numpy(self._memory.logits)
+        ids, rows, positions, wanted = np.zeros((4, tokens), np.int64)
+        value_rows = np.zeros((tables, tokens, width), np.float32)
+        self._tokens = Tokens(np.zeros(2, np.int64), ids, rows, positions, value_rows, wanted)
 
     def _gather(self) -> Weights:
         model, config = self._model, self._model.config
@@ -172,17 +168,17 @@ class CPUModel:
 
         exact = self._exact
 
-        def operands(width: int) -> Operands:
+        def operands(width: int, *threads: int) -> Operands:
             width += -width % GROUP
             digits = np.zeros((self._threads, tokens, DIGITS * width) if exact else (0, 0, 0), np.int8)
             units = np.zeros((self._threads, tokens, 2) if exact else (0, 0, 0))
-            return Operands(room(width), digits, units)
+            return Operands(np.zeros((*threads, tokens, width), np.float32), digits, units)
 
         query = shape.heads * shape.head_dim
         return Memory(
             x=room(config.d_model),
             embedding=room(config.d_model if config.residual_scaling else 0),
-            normal=operands(config.d_model),
+            normal=operands(config.d_model, self._threads),
             qkv=room(query + 2 * shape.kv_heads * shape.head_dim),
             mixed=operands(query),
             hidden=operands(shape.d_ff),

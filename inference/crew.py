@@ -1,22 +1,27 @@
 """A few threads that run one kernel together, and meet at barriers inside it.
 
-Starting threads on a piece of work costs tens of microseconds, and a step of decoding consists of a hundred pieces of a
-few microseconds each. So the threads are started once a step, and wait for one another by looking at a counter.
+Starting threads on a piece of work costs tens of microseconds, and waking one that sleeps may cost more, while a step
+of decoding consists of fifty pieces of a few microseconds each. So the threads are started once a step, wait for one
+another by looking at a counter, and stay awake for a while after a step, in which the next one is likely to come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numba import types
 
 from data.compiled import kernel
-from inference.vectors import add_atomically
+from inference.vectors import add_atomically, change, look
 
-PATIENCE = 2000  # looks at the counter before a thread lets others have its core
+PATIENCE = 10_000  # looks before a thread lets others have its core
+LINGERING = 4000  # looks after that, a millisecond or two, before it goes to sleep between two calls
+LINE = 64  # bytes of a line of the cache: each thread has one
+
+_GONE, _READY, _CALLED = 0, 1, 2
 
 _yield_core = types.ExternalFunction("sched_yield", types.int32())
 
@@ -29,10 +34,41 @@ def meet(thread: int, threads: int, counter: int) -> None:
     before = add_atomically(counter, 1)
     goal = (before // threads + 1) * threads
     looks = 0
-    while add_atomically(counter, 0) < goal:
+    while look(counter) < goal:
         looks += 1
         if looks > PATIENCE:
             _yield_core()
+
+
+@kernel
+def called_again(thread: int, threads: int, counter: int) -> bool:
+    """End a call of `Crew.run` when all threads have come here; whether this one is to run the same again.
+
+    That is a thread other than the caller's, where the next call comes soon and with the same arguments.
+    """
+    state = counter + LINE * thread
+    if thread > 0:
+        change(state, _GONE, _READY)
+        change(state, _CALLED, _READY)
+    meet(thread, threads, counter)
+    if thread == 0:
+        return False
+    looks = 0
+    while look(state) == _READY:
+        looks += 1
+        if looks > PATIENCE:
+            _yield_core()
+        if looks > PATIENCE + LINGERING:
+            change(state, _READY, _GONE)
+    again: bool = look(state) == _CALLED
+    return again
+
+
+@kernel
+def _tell(state: int, what: int) -> bool:
+    """Say something to a thread that is ready; whether it was."""
+    heard: bool = change(state, _READY, what)
+    return heard
 
 
 @kernel
@@ -47,15 +83,26 @@ class Crew:
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._others = ThreadPoolExecutor(threads - 1, "decode") if threads > 1 else None
-        self._counter = np.zeros(1, np.int64)
+        self._lines = np.zeros((threads, LINE // 8), np.int64)  # the counter, and what the other threads are up to
+        self._working: dict[int, Future[Any]] = {}
+        self._called: tuple[Any, ...] = ()
 
     def run(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Call `work(thread, threads, counter, *arguments)` in every thread; see `meet`."""
-        self._counter[0] = 0
-        crew = self._threads, self._counter.ctypes.data
-        others = (
-            [] if self._others is None else [self._others.submit(work, i, *crew, *arguments) for i in range(1, crew[0])]
-        )
+        """Call `work(thread, threads, counter, *arguments)` in every thread; see `meet`.
+
+        Work that ends with `called_again` is taken up again without delay where the arguments are the same objects;
+        what changes from call to call is what arrays hold.
+        """
+        call, crew = (work, *arguments), (self._threads, self._lines.ctypes.data)
+        same = len(call) == len(self._called) and all(map(lambda one, other: one is other, call, self._called))
+        self._called = call
+        for thread in range(1, self._threads):
+            state = crew[1] + LINE * thread
+            if not (same and _tell(state, _CALLED)):
+                _tell(state, _GONE)
+                assert self._others is not None
+                self._working[thread] = self._others.submit(work, thread, *crew, *arguments)
         work(0, *crew, *arguments)
-        for other in others:
-            other.result()
+        for thread, working in self._working.items():
+            if self._lines[thread, 0] != _READY:
+                working.result()

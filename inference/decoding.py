@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.compiled import kernel
-from inference.crew import meet, share
+from inference.crew import called_again, meet, share
 from inference.kernels import activate, attend, exponential, keep, normalise, place
 from inference.multiplication import Operands, multiply, prepare
 from inference.vectors import widened
@@ -63,10 +63,26 @@ class Weights(NamedTuple):
     sin: Any
 
 
+class Tokens(NamedTuple):
+    """The tokens of a step, int64 arrays with room for more: `counts` is how many there are and are `wanted`.
+
+    Token t is number `ids[t]` of the vocabulary, at position `positions[t]` of row `rows[t]` of the cache;
+    `value_rows` `(tables, tokens, kv_heads * head_dim)`, float32, are the tokens' value embeddings. The logits after
+    token `wanted[i]` go to `Memory.logits[i]`.
+    """
+
+    counts: Any
+    ids: Any
+    rows: Any
+    positions: Any
+    value_rows: Any
+    wanted: Any
+
+
 class Memory(NamedTuple):
     """What a step writes over, float32: a row per token; or operands of `multiplication.multiply`.
 
-    `x` is the residual stream; `scores` has a row per thread.
+    `x` is the residual stream; `scores` has a row per thread, and `normal` rows `(threads, tokens, width)`.
     """
 
     x: Any
@@ -88,102 +104,103 @@ def step(
     shape: Shape,
     weights: Weights,
     memory: Memory,
+    tokens: Tokens,
     keys: Any,
     values: Any,
-    ids: Any,
-    rows: Any,
-    positions: Any,
-    value_rows: Any,
-    wanted: Any,
 ) -> None:
     """Run tokens through all layers; all threads of a `Crew` call it.
 
-    Token t is number `ids[t]` of the vocabulary, at position `positions[t]` of row `rows[t]` of the cache `keys` and
-    `values` `(layers, rows, kv_heads, length, head_dim)`, float32 or the bits of bfloat16. What it sees are the
-    positions up to its own in that row, of which those of this step's tokens are written here. `value_rows` `(tables,
-    tokens, kv_heads * head_dim)` are the tokens' value embeddings. The logits after token `wanted[i]` go to
-    `memory.logits[i]`.
+    What a token sees of the cache, `keys` and `values` `(layers, rows, kv_heads, length, head_dim)`, float32 or the
+    bits of bfloat16, are the positions up to its own in its row, of which those of this step's tokens are written here.
     """
-    tokens, none = len(rows), weights.final_norm[0, :0]
-    begin, end = share(tokens, thread, threads)
-    for t in range(begin, end):
-        _embed(ids[t], positions[t], weights, memory.x[t])
-        if weights.residual_scales.size:
-            memory.embedding[t] = memory.x[t]
+    while True:
+        _run(thread, threads, counter, shape, weights, memory, tokens, keys, values)
+        if not called_again(thread, threads, counter):
+            return
+
+
+@kernel
+def _run(
+    thread: int,
+    threads: int,
+    counter: int,
+    shape: Shape,
+    weights: Weights,
+    memory: Memory,
+    now: Tokens,
+    keys: Any,
+    values: Any,
+) -> None:
+    # Each thread makes for itself what it would else have to wait for; its columns of the residual stream, and its
+    # heads where they can be shared out evenly, are its own from one product to the next.
+    tokens, wanted = now.counts[0], now.counts[1]
+    width, none = memory.x.shape[1], weights.final_norm[0, :0]
+    apart = shape.kv_heads % threads == 0
+    normal = Operands(memory.normal.rows[thread], memory.normal.digits, memory.normal.units)
+    for t in range(tokens):
+        _embed(thread, threads, now.ids[t], now.positions[t], weights, memory.x[t])
     for layer in range(len(weights.matrices)):
         matrices, norms = weights.matrices[layer], weights.norms[layer]
-        for t in range(begin, end):
-            if weights.residual_scales.size:
-                keeps, adds = weights.residual_scales[layer, 0], weights.residual_scales[layer, 1]
-                for i in range(memory.x.shape[1]):
-                    memory.x[t, i] = memory.x[t, i] * keeps + memory.embedding[t, i] * adds
-            normalise(memory.x[t], norms[0, 0], norms[0, 1], shape.rms, shape.eps, memory.normal.rows[t])
+        if weights.residual_scales.size:
+            _mix_in_embedding(thread, threads, layer, tokens, weights, memory)
         meet(thread, threads, counter)
-        prepare(thread, weights.kind, memory.normal, tokens)
+        for t in range(tokens):
+            normalise(memory.x[t], norms[0, 0], norms[0, 1], shape.rms, shape.eps, normal.rows[t])
+        prepare(thread, weights.kind, normal, tokens)
         first = 0
         for which in range(3):
-            height = (shape.heads if which == 0 else shape.kv_heads) * shape.head_dim
-            multiply(
-                thread,
-                threads,
-                weights.kind,
-                matrices[which],
-                weights.qkv_bias[layer],
-                memory.normal,
-                tokens,
-                memory.qkv,
-                first,
-                height,
-                False,
-            )
+            height, bias = (shape.heads if which == 0 else shape.kv_heads) * shape.head_dim, weights.qkv_bias[layer]
+            out = memory.qkv
+            multiply(thread, threads, weights.kind, matrices[which], bias, normal, tokens, out, first, height, False)
             first += height
+        if not apart:
+            meet(thread, threads, counter)
+        _place_all(thread, threads, layer, shape, weights, memory, normal, now, keys, values)
+        if not apart:
+            meet(thread, threads, counter)
+        _attend_all(thread, threads, layer, shape, weights, memory, now, keys, values)
         meet(thread, threads, counter)
-        _place_all(thread, threads, layer, shape, weights, memory, keys, values, rows, positions, value_rows)
-        meet(thread, threads, counter)
-        _attend_all(thread, threads, layer, shape, weights, memory, keys, values, rows, positions)
-        meet(thread, threads, counter)
-        width, bias = memory.x.shape[1], weights.output_bias[layer]
+        bias = weights.output_bias[layer]
         prepare(thread, weights.kind, memory.mixed, tokens)
         multiply(thread, threads, weights.kind, matrices[OUTPUT], bias, memory.mixed, tokens, memory.x, 0, width, True)
         meet(thread, threads, counter)
-        for t in range(begin, end):
-            normalise(memory.x[t], norms[1, 0], norms[1, 1], shape.rms, shape.eps, memory.normal.rows[t])
-        meet(thread, threads, counter)
-        prepare(thread, weights.kind, memory.normal, tokens)
-        _widen(thread, threads, layer, tokens, shape, weights, memory)
+        for t in range(tokens):
+            normalise(memory.x[t], norms[1, 0], norms[1, 1], shape.rms, shape.eps, normal.rows[t])
+        prepare(thread, weights.kind, normal, tokens)
+        _widen(thread, threads, layer, tokens, shape, weights, memory, normal)
         meet(thread, threads, counter)
         bias = weights.down_bias[layer]
         prepare(thread, weights.kind, memory.hidden, tokens)
         multiply(thread, threads, weights.kind, matrices[DOWN], bias, memory.hidden, tokens, memory.x, 0, width, True)
-        meet(thread, threads, counter)
-    begin, end = share(len(wanted), thread, threads)
-    for i in range(begin, end):
-        scale, bias = weights.final_norm[0], weights.final_norm[1]
-        normalise(memory.x[wanted[i]], scale, bias, shape.rms, shape.eps, memory.normal.rows[i])
     meet(thread, threads, counter)
-    prepare(thread, weights.head_kind, memory.normal, len(wanted))
-    multiply(
-        thread,
-        threads,
-        weights.head_kind,
-        weights.head,
-        none,
-        memory.normal,
-        len(wanted),
-        memory.logits,
-        0,
-        shape.vocab_size,
-        False,
-    )
+    for i in range(wanted):
+        scale, bias = weights.final_norm[0], weights.final_norm[1]
+        normalise(memory.x[now.wanted[i]], scale, bias, shape.rms, shape.eps, normal.rows[i])
+    kind, out = weights.head_kind, memory.logits
+    prepare(thread, kind, normal, wanted)
+    multiply(thread, threads, kind, weights.head, none, normal, wanted, out, 0, shape.vocab_size, False)
 
 
 @kernel
-def _embed(token: int, position: int, weights: Weights, out: Any) -> None:
-    for i in range(len(out)):
+def _embed(thread: int, threads: int, token: int, position: int, weights: Weights, out: Any) -> None:
+    begin, end = share(len(out), thread, threads)
+    for i in range(begin, end):
         out[i] = widened(weights.token_table[token, i])
     if weights.position_table.size:
-        for i in range(len(out)):
+        for i in range(begin, end):
             out[i] += widened(weights.position_table[position, i])
+
+
+@kernel
+def _mix_in_embedding(thread: int, threads: int, layer: int, tokens: int, weights: Weights, memory: Memory) -> None:
+    """Scale the residual stream, and add the embedding that it began as."""
+    keeps, adds = weights.residual_scales[layer, 0], weights.residual_scales[layer, 1]
+    begin, end = share(memory.x.shape[1], thread, threads)
+    for t in range(tokens):
+        for i in range(begin, end):
+            if layer == 0:
+                memory.embedding[t, i] = memory.x[t, i]
+            memory.x[t, i] = memory.x[t, i] * keeps + memory.embedding[t, i] * adds
 
 
 @kernel
@@ -194,18 +211,18 @@ def _place_all(
     shape: Shape,
     weights: Weights,
     memory: Memory,
+    normal: Operands,
+    now: Tokens,
     keys: Any,
     values: Any,
-    rows: Any,
-    positions: Any,
-    value_rows: Any,
 ) -> None:
     """Normalise and turn queries and keys, add value embeddings to values, and write keys and values to the cache."""
     width, group, table = shape.head_dim, shape.heads // shape.kv_heads, weights.value_table[layer]
-    begin, end = share(len(rows) * shape.kv_heads, thread, threads)
+    tokens = now.counts[0]
+    begin, end = share(tokens * shape.kv_heads, thread, threads)
     for task in range(begin, end):
-        t, head = task // shape.kv_heads, task % shape.kv_heads
-        place_in_row, qkv = positions[t], memory.qkv[t]
+        head, t = task // tokens, task % tokens
+        place_in_row, qkv = now.positions[t], memory.qkv[t]
         cos, sin = weights.cos[place_in_row], weights.sin[place_in_row]
         for i in range(head * group, (head + 1) * group):
             place(qkv[i * width : (i + 1) * width], width, shape.qk_norm, shape.eps, cos, sin)
@@ -217,12 +234,12 @@ def _place_all(
         if table >= 0:
             opening: Any = np.float32(0.0)
             for i in range(weights.value_gates.shape[2]):
-                opening += weights.value_gates[table, head, i] * memory.normal.rows[t, i]
+                opening += weights.value_gates[table, head, i] * normal.rows[t, i]
             opening = np.float32(2.0) / (np.float32(1.0) + exponential(-opening))
             for i in range(width):
-                value[i] += opening * value_rows[table, t, head * width + i]
-        keep(key, keys[layer, rows[t], head, place_in_row])
-        keep(value, values[layer, rows[t], head, place_in_row])
+                value[i] += opening * now.value_rows[table, t, head * width + i]
+        keep(key, keys[layer, now.rows[t], head, place_in_row])
+        keep(value, values[layer, now.rows[t], head, place_in_row])
 
 
 @kernel
@@ -233,18 +250,18 @@ def _attend_all(
     shape: Shape,
     weights: Weights,
     memory: Memory,
+    now: Tokens,
     keys: Any,
     values: Any,
-    rows: Any,
-    positions: Any,
 ) -> None:
     """The attention of every head and token, of which a window reads no more than the window."""
     width, group, window = shape.head_dim, shape.heads // shape.kv_heads, weights.windows[layer]
-    begin, end = share(len(rows) * shape.heads, thread, threads)
+    tokens = now.counts[0]
+    begin, end = share(tokens * shape.heads, thread, threads)
     for task in range(begin, end):
-        t, head = task // shape.heads, task % shape.heads
-        after = positions[t] + 1
-        seen_keys, seen_values = keys[layer, rows[t], head // group], values[layer, rows[t], head // group]
+        head, t = task // tokens, task % tokens
+        after = now.positions[t] + 1
+        seen_keys, seen_values = keys[layer, now.rows[t], head // group], values[layer, now.rows[t], head // group]
         attend(
             memory.qkv[t, head * width : (head + 1) * width],
             seen_keys,
@@ -257,30 +274,24 @@ def _attend_all(
 
 
 @kernel
-def _widen(thread: int, threads: int, layer: int, tokens: int, shape: Shape, weights: Weights, memory: Memory) -> None:
+def _widen(
+    thread: int,
+    threads: int,
+    layer: int,
+    tokens: int,
+    shape: Shape,
+    weights: Weights,
+    memory: Memory,
+    normal: Operands,
+) -> None:
     """The first half of the feed-forward layer, with its activation."""
-    matrices, rows, up_bias = weights.matrices[layer], shape.d_ff, weights.up_bias[layer]
+    matrices, rows, up_bias, kind = weights.matrices[layer], shape.d_ff, weights.up_bias[layer], weights.kind
     gated = memory.gate.size > 0
     if gated:
         bias = up_bias[rows:]
-        multiply(
-            thread, threads, weights.kind, matrices[GATE], bias, memory.normal, tokens, memory.gate, 0, rows, False
-        )
-    multiply(
-        thread,
-        threads,
-        weights.kind,
-        matrices[UP],
-        up_bias[:rows],
-        memory.normal,
-        tokens,
-        memory.hidden.rows,
-        0,
-        rows,
-        False,
-    )
+        multiply(thread, threads, kind, matrices[GATE], bias, normal, tokens, memory.gate, 0, rows, False)
+    bias, out = up_bias[:rows], memory.hidden.rows
+    multiply(thread, threads, kind, matrices[UP], bias, normal, tokens, out, 0, rows, False)
     begin, end = share(rows, thread, threads)
     for t in range(tokens):
-        activate(
-            memory.hidden.rows[t], memory.gate[t] if gated else memory.hidden.rows[t], begin, end, shape.activation
-        )
+        activate(out[t], memory.gate[t] if gated else out[t], begin, end, shape.activation)

@@ -12,7 +12,7 @@ import numpy as np
 
 from data.compiled import kernel
 from inference.products import add_products, added_up, no_products
-from inference.vectors import LANES, narrowed, number, numbers, power_of_two, widened
+from inference.vectors import LANES, filled, narrowed, number, numbers, power_of_two, put_numbers, widened
 
 FLOAT32 = np.empty(0, np.float32)
 GELU, SQUARED_RELU, SWIGLU = 0, 1, 2
@@ -21,16 +21,33 @@ GELU, SQUARED_RELU, SWIGLU = 0, 1, 2
 @kernel
 def normalise(x: Any, scale: Any, bias: Any, rms: bool, eps: float, out: Any) -> None:
     """LayerNorm of the vector `x`, or with `rms` division by its root mean square; times `scale`, plus `bias`."""
-    width, mean, square = len(scale), 0.0, 0.0
+    width, nothing, ones = len(scale), no_products(FLOAT32), filled(np.float32(1.0))
+    vectors, source, target = width // LANES * LANES, x.ctypes.data, out.ctypes.data
+    scales, biases = scale.ctypes.data, bias.ctypes.data
+    mean: Any = np.float32(0.0)
     if not rms:
-        for i in range(width):
-            mean += x[i]
-        mean /= width
-    for i in range(width):
-        square += (x[i] - mean) ** 2
-    factor = 1.0 / np.sqrt(square / width + eps)
-    for i in range(width):
-        out[i] = np.float32((x[i] - mean) * factor) * scale[i] + bias[i]
+        sums = nothing
+        for j in range(0, vectors, LANES):
+            sums = add_products(numbers(FLOAT32, source, j), ones, sums)
+        mean = added_up(sums)
+        for j in range(vectors, width):
+            mean += x[j]
+        mean /= np.float32(width)
+    less, squares = filled(-mean), nothing
+    for j in range(0, vectors, LANES):
+        centred = add_products(numbers(FLOAT32, source, j), ones, less)
+        squares = add_products(centred, centred, squares)
+    square = added_up(squares)
+    for j in range(vectors, width):
+        square += (x[j] - mean) * (x[j] - mean)
+    factor = np.float32(1.0 / np.sqrt(square / np.float32(width) + eps))
+    factors = filled(factor)
+    for j in range(0, vectors, LANES):
+        centred = add_products(numbers(FLOAT32, source, j), ones, less)
+        normal = add_products(centred, factors, nothing)
+        put_numbers(target, j, add_products(normal, numbers(FLOAT32, scales, j), numbers(FLOAT32, biases, j)))
+    for j in range(vectors, width):
+        out[j] = (x[j] - mean) * factor * scale[j] + bias[j]
 
 
 @kernel

@@ -149,6 +149,29 @@ def number(context: Any, kind: Any, address: Any, index: Any) -> Any:
 
 
 @intrinsic
+def filled(context: Any, value: Any) -> Any:
+    """16 times a float32 number."""
+
+    def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return repeated(builder, arguments[0], LANES)
+
+    return vector(types.float32), generate
+
+
+@intrinsic
+def put_numbers(context: Any, address: Any, index: Any, values: Any) -> Any:
+    """Write elements `index` to `index + 15` of the float32 numbers at `address`."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, index, values = arguments
+        start = builder.add(address, builder.mul(index, ir.Constant(index.type, 4)))
+        builder.store(values, builder.inttoptr(start, _FLOATS.as_pointer())).align = 4
+        return target.get_dummy_value()
+
+    return types.void(types.intp, types.intp, vector), generate
+
+
+@intrinsic
 def put(context: Any, address: Any, index: Any, value: Any) -> Any:
     """Write element `index` of the float32 numbers at `address`."""
 
@@ -215,3 +238,26 @@ def add_atomically(context: Any, address: Any, value: Any) -> Any:
         return builder.atomic_rmw("add", builder.inttoptr(address, ir.IntType(64).as_pointer()), value, "seq_cst")
 
     return types.int64(types.intp, types.int64), generate
+
+
+@intrinsic
+def look(context: Any, address: Any) -> Any:
+    """The int64 at `address`, as another thread left it, with all that it had written before."""
+
+    def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(types.intp), generate
+
+
+@intrinsic
+def change(context: Any, address: Any, before: Any, after: Any) -> Any:
+    """Put `after` in the place of the int64 `before` at `address`; whether that was there."""
+
+    def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, before, after = arguments
+        place = builder.inttoptr(address, ir.IntType(64).as_pointer())
+        return builder.extract_value(builder.cmpxchg(place, before, after, "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(types.intp, types.int64, types.int64), generate

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from config.load import load_config, with_vocab_size
+from data.compiled import kernel
 from inference.compiled import CompiledRunner
 from inference.cpu import CPUModel
+from inference.crew import Crew, called_again, meet
 from inference.engine import Engine, Request
 from inference.loading import load_for_generation
 from inference.memory import settle_
@@ -101,6 +104,35 @@ def test_eight_bits_are_multiplied_as_precisely_as_float32_rounds() -> None:
     error = np.abs(found - x.astype(np.float64) @ matrix.T.astype(np.float64)).max(axis=1)
     # Rounding `width` elements by up to half a unit each, times weights of that spread, gives 600 units or so.
     assert (error < 4000 * np.abs(x).max(axis=1) / 2**23).all()
+
+
+@kernel
+def count_calls(thread: int, threads: int, counter: int, calls: Any) -> None:
+    while True:
+        calls[thread] += 1
+        if not called_again(thread, threads, counter):
+            return
+
+
+@kernel
+def count_once(thread: int, threads: int, counter: int, calls: Any) -> None:
+    meet(thread, threads, counter)
+    calls[thread] += 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_thread_of_a_crew_does_every_call_once(threads: int) -> None:
+    """Soon after one another or not, with the same arguments or others, with work that waits for more and that ends."""
+    crew = Crew(threads)
+    calls, expected = np.zeros((2, threads), np.int64), [0, 0]
+    arrays = [*calls]
+    for turn in range(300):
+        which = turn // 5 % 2
+        expected[which] += 1
+        crew.run(count_once if turn % 50 == 20 else count_calls, arrays[which])
+        assert calls.tolist() == [[count] * threads for count in expected]
+        if turn % 60 == 0:
+            time.sleep(0.05)
 
 
 @torch.inference_mode()
