@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import mmap
 import os
 import resource
 import signal
@@ -9,9 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Timer
+from threading import Event, Thread, Timer
 from typing import Any
 
 import psutil
@@ -20,9 +23,10 @@ import torch
 
 from config.errors import UserError
 from model.archive import is_intact
+from model.checkpoint import write_state
 from model.checkpoint_folder import latest_checkpoint, list_checkpoints
 from tests.small_runs import ROOT, RandomSamples, differing, read_checkpoint, small_config, train_here
-from training import checkpointing
+from training import checkpointing, copying
 from training.background import PROGRAM
 from training.checkpointing import Checkpoints
 from training.staging import Staging
@@ -258,12 +262,51 @@ def test_the_copy_is_made_beside_the_step_and_awaited_by_its_update(
     monkeypatch.setattr(Staging, "lay_out", slow)
     checkpoints.save(state(1), final=False)
     checkpoints.tend(lambda: state(2))
-    Timer(0.3, going_on.set).start()
-    assert not going_on.is_set()
-    checkpoints.settle()
-    assert going_on.is_set()
+    waiting = Thread(target=checkpoints.settle)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    going_on.set()
+    waiting.join()
     checkpoints.close()
     assert written(1)
+
+
+class Bytes(io.BytesIO):
+    """A file that keeps what it is given, as `torch.save` has it."""
+
+    def write(self, data: Any) -> int:
+        return super().write(bytes(data))
+
+
+@pytest.mark.parametrize("helped", [False, True])
+@pytest.mark.parametrize("large", [False, True])
+def test_what_is_laid_out_is_the_archive_byte_for_byte(
+    monkeypatch: pytest.MonkeyPatch, large: bool, helped: bool
+) -> None:
+    """Pieces of a line of the cache, of several, and odd ones; also where two threads copy and meet somewhere."""
+    monkeypatch.setattr(copying, "LARGE", 0 if large else 2**40)
+    monkeypatch.setattr(copying, "PIECE", 4096)
+    staging = Staging()
+    for step in (1, 2):
+        weights = torch.randn(900, 777, generator=torch.Generator().manual_seed(step))
+        mixed = {
+            "rows": list(weights[:9]),
+            "odd": weights[1:].clone()[3, 5:],
+            "half": weights.bfloat16(),
+            "small": [torch.tensor(step), torch.tensor([True]), torch.empty(0)],
+        }
+        with ThreadPoolExecutor(1) as thread:
+            laid_out = thread.submit(staging.lay_out, mixed)
+            while helped and not laid_out.done():
+                staging.help()
+        with open(staging.descriptor, "rb", closefd=False) as memory:
+            whole = mmap.mmap(memory.fileno(), 0, prot=mmap.PROT_READ)
+            found = [part if isinstance(part, bytes) else whole[part[0] : sum(part)] for part in laid_out.result()]
+        expected = Bytes()
+        write_state(mixed, expected)
+        assert b"".join(found) == expected.getvalue()
+    staging.close()
 
 
 def test_a_copy_that_fails_is_raised_where_it_is_awaited(

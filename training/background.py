@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,7 +42,6 @@ class BackgroundWriter:
         self._job: AnyJob | None = None
         self._attempts = 0
         self._preparation: Thread | None = None
-        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-copy")
         self._copying: Future[AnyJob] | None = None
 
     @property
@@ -67,12 +66,15 @@ class BackgroundWriter:
         if self._process is None:
             self._start()
         stream = stream_after_the_step()
-        self._copying = self._copier.submit(lambda: make(self._staging, stream))
+        copier = ThreadPoolExecutor(1, "checkpoint-copy")  # another one for each copy: its priority falls on the way
+        self._copying = copier.submit(make, self._staging, stream)
+        copier.shutdown(wait=False)
 
     def settle(self) -> None:
         """Wait until the tensors of the last `submit` may change, and hand its job over."""
         if self._copying is not None:
             copying, self._copying = self._copying, None
+            self._staging.help()
             self._job = copying.result()
             self._attempts = 0
             self._hand_over()
@@ -104,7 +106,8 @@ class BackgroundWriter:
 
     def close(self) -> None:
         """Let the writer finish and end, and give the memory back."""
-        self._copier.shutdown()
+        if self._copying is not None:
+            wait([self._copying])
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:

@@ -1,9 +1,9 @@
 """A checkpoint laid out in memory that another process can read, so that the file is written beside the training.
 
-Two steps, of which only the first takes time: every tensor is copied into the shared memory, straight from the device
-it lies on; then `torch.save` writes the state, made of those copies, to a file that keeps what is small and only notes
-where in the shared memory the rest stands. Nothing is copied twice, and what comes out is the archive that `torch.save`
-makes, byte for byte.
+Two things are done, of which only the second takes long: `torch.save` writes the state, made of tensors in the shared
+memory, to a file that keeps what is small and only notes where in that memory the rest stands; and every tensor is
+copied there, straight from the device it lies on. Nothing is copied twice, and what comes out is the archive that
+`torch.save` makes, byte for byte.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from model.checkpoint import write_state, write_tensors
+from training.copying import Copying, prepare
 from training.writer import Part
 
 ALIGNMENT = 64  # bytes
@@ -40,6 +41,7 @@ class Staging:
                 self.descriptor = os.dup(file.fileno())
         self._memory: mmap.mmap | None = None
         self._address, self._locked = 0, False
+        self._copying: Copying | None = None
 
     def reserve(self, nbytes: int) -> None:
         """Have at least `nbytes`, with every page in place: finding them while training waits would take far longer
@@ -52,6 +54,8 @@ class Staging:
         self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
         ctypes.memset(self._address, 0, nbytes)
         self._locked = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+        if not self._locked:
+            prepare(nbytes)
         if self._locked:
             torch.cuda.cudart().cudaHostRegister(self._address, nbytes, 0)  # type: ignore[no-untyped-call]
 
@@ -68,15 +72,23 @@ class Staging:
     ) -> tuple[list[Part], list[Part], list[int]]:
         """The same, and beside it a file of archives of one tensor each, with their lengths in bytes."""
         self.reserve(max(staged_bytes(state) + shares_bytes(tensors), mmap.PAGESIZE))
-        copies = _Copies(self._memory)
+        self._copying = copying = Copying()
+        copies = _Copies(self._memory, copying)
         with torch.cuda.stream(stream):
             staged, shares = copies.of(state), [copies.alone(tensor) for tensor in tensors]
-        if stream is not None:
-            stream.synchronize()
         layout, file = (_Layout(self._address, copies.used) for _ in range(2))
         if state is not None:
             write_state(staged, layout)
-        return layout.parts, file.parts, write_tensors(shares, file)
+        lengths = write_tensors(shares, file)
+        if stream is not None:
+            stream.synchronize()
+        copying.run()
+        return layout.parts, file.parts, lengths
+
+    def help(self) -> None:
+        """Take part in the copying that another thread is at; what it was given must be there until it is done."""
+        if self._copying is not None:
+            self._copying.help()
 
     def close(self) -> None:
         """Give the memory back."""
@@ -123,15 +135,18 @@ def stream_after_the_step() -> torch.cuda.Stream | None:
 
 
 class _Copies:
-    """Tensors copied one after the other into `memory`; `used` bytes of it so far."""
+    """Tensors laid out one after the other in `memory`, `used` bytes of it so far.
 
-    def __init__(self, memory: mmap.mmap | None) -> None:
+    What they hold is copied there when `copying` has run, and what comes from a GPU when its stream is done.
+    """
+
+    def __init__(self, memory: mmap.mmap | None, copying: Copying) -> None:
         self.used = 0
-        self._memory = memory
+        self._memory, self._copying = memory, copying
         self._made: dict[int, UntypedStorage] = {}
 
     def of(self, value: Any) -> Any:
-        """`value` with every tensor in it replaced by its copy. Copies from a GPU may still be under way."""
+        """`value` with every tensor in it replaced by its copy."""
         if isinstance(value, Tensor):
             storage = self._storage(value.untyped_storage())
             empty = torch.empty(0, dtype=value.dtype)
@@ -146,16 +161,22 @@ class _Copies:
         """A copy of `tensor` that is contiguous and has no part of anything else in its memory."""
         if tensor.numel() == 0:
             return torch.empty_like(tensor, device="cpu")
-        place = torch.empty(0, dtype=tensor.dtype).set_(self._place(tensor.nbytes))
-        return place.view(tensor.shape).copy_(tensor, non_blocking=True)
+        place = self._place(tensor.nbytes)
+        copy = torch.empty(0, dtype=tensor.dtype).set_(place).view(tensor.shape)
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            self._copying.add(place.data_ptr(), tensor.data_ptr(), tensor.nbytes, tensor)
+            return copy
+        return copy.copy_(tensor, non_blocking=True)
 
     def _storage(self, storage: UntypedStorage) -> UntypedStorage:
         if storage.nbytes() == 0:
             return torch.empty(0).untyped_storage()
         if storage.data_ptr() not in self._made:
-            copy = self._place(storage.nbytes())
-            copy.copy_(storage, non_blocking=True)
-            self._made[storage.data_ptr()] = copy
+            copy = self._made[storage.data_ptr()] = self._place(storage.nbytes())
+            if storage.device.type == "cpu":
+                self._copying.add(copy.data_ptr(), storage.data_ptr(), storage.nbytes(), storage)
+            else:
+                copy.copy_(storage, non_blocking=True)
         return self._made[storage.data_ptr()]
 
     def _place(self, nbytes: int) -> UntypedStorage:

@@ -128,7 +128,7 @@ def _failed(job: AnyJob, error: str) -> Outcome:
 def main() -> None:
     """Serve the run at the other end of the socket, both given by their descriptors, until it hangs up."""
     shared = int(sys.argv[2])
-    os.nice(10)  # the training has the cores first
+    os.nice(19)  # the training has the cores first, until it waits for this
     with Connection(int(sys.argv[1])) as run:
         while True:
             try:
