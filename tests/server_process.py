@@ -46,7 +46,7 @@ class Server:
 
     def metric(self, name: str, **headers: str) -> float:
         """The sum of a metric over its labels."""
-        page = httpx.get(f"{self.address}/metrics", headers=headers).text
+        page = httpx.get(f"{self.address}/metrics", headers=headers, timeout=60).text
         return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", page, re.M))
 
     def logged(self) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def serving(folder: Path, *arguments: str, **environment: str) -> Iterator[Serve
         process.communicate()
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Return as soon as `condition` holds."""
     deadline = time.monotonic() + seconds
     while not condition():

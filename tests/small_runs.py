@@ -34,6 +34,7 @@ from tests.workspace import small_tokenizer
 from training.trainer import TrainResult, train
 
 ROOT = Path(__file__).parents[1]
+TRAIN = "scripts/train.py"
 SMALL = [
     *MODEL,
     "training.max_steps=8",

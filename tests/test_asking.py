@@ -102,7 +102,10 @@ def test_two_processes_answer_as_one_does(folder: Path) -> None:
     settings += ["training.optimizer=adamw", "training.micro_batch_size=4"]
     ways = {"one": [], "ddp": ["training.parallelism=ddp"], "fsdp": ["training.parallelism=fsdp"]}
     for name, way in ways.items():
-        script = ["distributed_train", *TWO] if way else ["train", "training.device=cpu"]
-        command(folder, *script, *settings, *way, f"training.run_name={name}", f"training.checkpoint_dir={name}")
+        own = [*settings, *way, f"training.run_name={name}", f"training.checkpoint_dir={name}"]
+        if way:
+            command(folder, "distributed_train", *TWO, *own)
+        else:
+            train_command(overrides=[*own, "training.device=cpu"])
     found = [metrics(Path("runs") / name)[-1]["task_accuracy"] for name in ways]
     assert found == pytest.approx([found[0]] * 3, abs=1e-9) and found[0] > 0

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from data.pipeline.executor import Executor, run_stage
 from data.pipeline.on_ray import RayCluster
 from data.pipeline.on_slurm import SlurmCluster, TaskFailed
 from tests import slurm_commands
+from tests.commands import here
 from tests.recorder import Recorder
-from tests.test_preprocess import ROOT, SETTINGS, checksums, command, run, sentences, write_corpus
+from tests.test_preprocess import ROOT, SETTINGS, checksums, run, sentences, write_corpus
 
 SLURM = load_config([], ["data.slurm.time_hours=1.5", "data.slurm.memory_gb=3"]).data.slurm
 
@@ -33,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a source, a tokenizer, and token files made by one process."""
     folder = tmp_path_factory.mktemp("one-machine")
     write_corpus(folder, sentences(300), bad_lines=["no json"])
-    assert command(folder, "data/tokenizer.py", *SETTINGS).returncode == 0
+    here(folder, "data/tokenizer.py", *SETTINGS)
     run(folder)
     return folder
 
@@ -127,18 +129,19 @@ class TestRay:
     @pytest.mark.slow
     def test_the_same_bytes_after_a_worker_is_killed(self, finished: Path, copy: Path, ray_address: str) -> None:
         process = start(copy, *self.on(ray_address), "data.preprocess.tasks=6")
-        worker = wait_for(lambda: self.worker(process.pid), process)
+        worker = wait_for(self.worker, process)
         worker.kill()
         output, _ = process.communicate(timeout=100)
         assert process.returncode == 0, output
         assert checksums(copy) == checksums(finished)
 
     @staticmethod
-    def worker(driver: int) -> psutil.Process | None:
-        """A process of the cluster that is at work on a task."""
-        for process in psutil.process_iter(["cmdline"]):
-            if any("ray::run_task" in word for word in process.info["cmdline"] or ()):
-                return process
+    def worker() -> psutil.Process | None:
+        """A process of the cluster, which this one has started, that is at work on a task."""
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if any("ray::run_task" in word for word in process.cmdline()):
+                    return process
         return None
 
     @pytest.mark.slow

@@ -6,17 +6,15 @@ import hashlib
 import html
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from data.pipeline.survey import SAMPLES, repeated_phrases
 from data.tokens import load_tokens_manifest
+from tests.commands import here
 from tests.test_deduplication import make_corpus, prose
 
-ROOT = Path(__file__).parents[1]
 PHRASE = "printed by the same press"
 SHORT = [f"<b>tiny {number}</b>" for number in range(30)]
 GERMAN = [f"Der alte Mann geht am Abend langsam durch den Wald nach Hause, zum {number}. Mal." for number in range(40)]
@@ -33,15 +31,7 @@ def preprocess(folder: Path, *arguments: str, origin: Path | None = None) -> str
     """Run the command in `folder` on both sources, which come from `origin`; what it printed."""
     names = ("books", "briefe")
     settings = [f"data.sources.{name}={{kind: files, paths: ['{origin or folder}/{name}.jsonl']}}" for name in names]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "data/preprocess.py"), *settings, "data.use=[books,briefe]", *arguments],
-        cwd=folder,
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return here(folder, "data/preprocess.py", *settings, "data.use=[books,briefe]", *arguments).stdout
 
 
 def sections(page: str) -> dict[str, str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from config.errors import UserError
+from tests.commands import here
 from tests.small_runs import (
     SMALL,
+    TRAIN,
     RandomSamples,
     command,
     differing,
@@ -75,10 +78,10 @@ def test_an_operation_that_cannot_be_deterministic_is_named() -> None:
 @pytest.mark.slow
 def test_the_command_gives_the_same_bits_twice(folder: Path) -> None:
     write_corpus(folder)
-    states = []
-    for name in ("one", "two"):
+    states: list[dict[str, Any]] = []
+    for name, run, script in (("one", command, "train"), ("two", here, TRAIN)):
         own = [f"training.run_name={name}", f"training.checkpoint_dir={name}", "model.dropout=0.1"]
-        command(folder, "train", "--deterministic", *SMALL, *own)
+        run(folder, script, "--deterministic", *SMALL, *own)
         (start,) = json.loads((folder / "runs" / name / "environment.json").read_text())
         assert start["deterministic"] is True
         states.append(read_checkpoint(folder / name / "model_step_8.pt"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,30 +16,34 @@ import torch
 
 from config.errors import UserError
 from model.checkpoint_folder import latest_checkpoint
+from tests.commands import here
 from tests.small_runs import (
     ROOT,
     SMALL,
+    TRAIN,
+    RandomSamples,
     command,
     curve,
     finish,
     metrics,
     read_checkpoint,
     start,
+    train_here,
     wait_for,
     write_corpus,
 )
 from training.launch import Machines
 
 SETTINGS = [*SMALL, "training.max_steps=6", "training.checkpoint_interval=3", "training.optimizer=adamw"]
-TWO = ["--gpus", "2", "--device", "cpu"]
+DISTRIBUTED, TWO = "scripts/distributed_train.py", ["--gpus", "2", "--device", "cpu"]
 
-MASKED_RUN = """
-import sys
-from tests.small_runs import RandomSamples, train_here
+MASKED_RUN = "import sys; from tests.test_distributed import masked_run; masked_run(*sys.argv[1:])"
 
-source = RandomSamples(32, 32, lambda row: slice(0, (row * 13) % 33) if row % 5 else slice(None))
-train_here(source, *sys.argv[1:], "training.max_steps=6", "training.optimizer=adamw")
-"""
+
+def masked_run(*settings: str) -> None:
+    """A run over samples of which some have no valid token at all."""
+    source = RandomSamples(32, 32, lambda row: slice(0, (row * 13) % 33) if row % 5 else slice(None))
+    train_here(source, *settings, "training.max_steps=6", "training.optimizer=adamw")
 
 
 class TestMistakes:
@@ -46,14 +51,14 @@ class TestMistakes:
 
     @pytest.mark.skipif(torch.cuda.device_count() >= 64, reason="there are that many GPUs")
     def test_too_few_gpus(self, tmp_path: Path) -> None:
-        done = command(tmp_path, "distributed_train", "--gpus", "64", status=1)
+        done = here(tmp_path, DISTRIBUTED, "--gpus", "64", status=1)
         assert done.stderr.count("error:") == 1
         assert f"PyTorch finds {torch.cuda.device_count()} GPU" in done.stderr
         assert "--device cpu" in done.stderr
 
     def test_a_batch_that_cannot_be_dealt(self, tmp_path: Path) -> None:
         write_corpus(tmp_path)
-        done = command(tmp_path, "distributed_train", "--gpus", "3", "--device", "cpu", *SETTINGS, status=1)
+        done = here(tmp_path, DISTRIBUTED, "--gpus", "3", "--device", "cpu", *SETTINGS, status=1)
         assert done.stderr.splitlines() == [
             "error: training.batch_size=8 cannot be dealt evenly to 3 processes; choose a multiple of 3."
         ]
@@ -73,13 +78,14 @@ class TestTwoProcesses:
         write_corpus(tmp_path, ends=[30, 500, 507, 1400, 4000])
         documents = ["data.loader.packing=best_fit", "training.documents=masked"]
         ways = {
-            "one": ("train", []),
+            "one": (TRAIN, []),
             "two": ("distributed_train", TWO),
             "both": ("distributed_train", [*TWO, "training.micro_batch_size=2"]),
         }
         for name, (script, arguments) in ways.items():
             own = [f"training.run_name={name}", f"training.checkpoint_dir={name}"]
-            done = command(tmp_path, script, *arguments, *SETTINGS, *documents, *own)
+            run = command if arguments else here
+            done = run(tmp_path, script, *arguments, *SETTINGS, *documents, *own)
             assert done.stdout.count("Wrote ") == done.stdout.count("packed into") == 1
         expected = read_checkpoint(tmp_path / "one/model_step_6.pt")
         for name in ("two", "both"):
@@ -95,9 +101,13 @@ class TestTwoProcesses:
         script = tmp_path / "masked_run.py"
         script.write_text(MASKED_RUN)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        for name, how in (("one", []), ("two", launcher)):
-            own = [f"training.checkpoint_dir={name}", f"training.run_name={name}", "training.micro_batch_size=2"]
-            run_python(tmp_path, *how, str(script), *own)
+        own = {
+            name: [f"training.checkpoint_dir={name}", f"training.run_name={name}", "training.micro_batch_size=2"]
+            for name in ("one", "two")
+        }
+        with contextlib.chdir(tmp_path):
+            masked_run(*own["one"])
+        run_python(tmp_path, *launcher, str(script), *own["two"])
         one, two = (read_checkpoint(tmp_path / name / "model_step_6.pt") for name in ("one", "two"))
         torch.testing.assert_close(two["model"], one["model"], rtol=1e-4, atol=2e-5)
         losses = [[row["loss"] for row in metrics(tmp_path / "runs" / name)] for name in ("one", "two")]
@@ -127,7 +137,7 @@ class TestTwoProcesses:
         more = ["--resume", "latest", f"training.max_steps={step + 4}"]
         assert f"step {step + 4}" in command(tmp_path, "distributed_train", "--gpus", "2", *more).stderr
         more = ["--resume", "latest", f"training.max_steps={step + 8}"]
-        assert f"step {step + 8}" in command(tmp_path, "train", *more).stderr
+        assert f"step {step + 8}" in here(tmp_path, TRAIN, *more).stderr
 
     def test_pass_on_the_status_of_one_that_fails(self, tmp_path: Path) -> None:
         write_corpus(tmp_path)

@@ -15,8 +15,10 @@ import pytest
 from config.errors import UserError
 from config.load import load_config
 from model.transformer import Transformer
+from tests.commands import here
 from tests.small_runs import (
     SMALL,
+    TRAIN,
     RandomSamples,
     command,
     differing,
@@ -27,6 +29,7 @@ from tests.small_runs import (
     train_here,
     write_corpus,
 )
+from tests.test_distributed import TWO
 from training.ending import told_best, told_end
 from training.measuring import EarlyStopping
 from training.trainer import TrainResult
@@ -165,9 +168,9 @@ def test_the_command_ends_early_on_one_process_and_on_two_alike(folder: Path) ->
     settings = [*SMALL, "training.max_steps=400", "training.muon.learning_rate=0.1", "training.eval_interval=5"]
     settings += ["training.checkpoint_interval=5", "training.early_stopping.patience=2", "training.optimizer=muon"]
     ended: list[dict[str, Any]] = []
-    for name, script, how in (("one", "train", []), ("two", "distributed_train", ["--gpus", "2", "--device", "cpu"])):
-        own = [f"training.run_name={name}", f"training.checkpoint_dir={name}"]
-        done = command(folder, script, *how, *settings, *own)
+    for name in ("one", "two"):
+        own = [*settings, f"training.run_name={name}", f"training.checkpoint_dir={name}"]
+        done = command(folder, "distributed_train", *TWO, *own) if name == "two" else here(folder, TRAIN, *own)
         (early,) = [line for line in done.stdout.splitlines() if line.startswith("Stopped early after step ")]
         step = int(early.split()[4])
         assert 10 < step < 400 and (folder / name / f"model_step_{step}.pt").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import random
@@ -13,7 +12,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config.command import run
 from config.errors import UserError
 from config.load import load_config
 from data.data_loader import IGNORED
@@ -41,7 +38,7 @@ from evaluation.examples import evaluate_samples
 from inference.engine import Engine, Request
 from inference.sampling import SamplingSettings
 from model.checkpoint import load_checkpoint, load_model
-from scripts.finetune import finetune
+from tests import commands
 from tests.workspace import TEXTS, Workspace, make_workspace, small_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -514,14 +511,9 @@ def command(folder: Path, *arguments: str, script: str = "scripts/finetune.py") 
 
 
 def here(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """The same command line in this process, which has torch loaded: exit status, standard output and error."""
-    output, errors, status = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(output), redirect_stderr(errors), chdir(folder):
-        try:
-            run(finetune, arguments)
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-    return status, output.getvalue(), errors.getvalue()
+    """The same command line in this process: exit status, standard output and error."""
+    done = commands.here(folder, "scripts/finetune.py", *arguments, status=None)
+    return done.returncode, done.stdout, done.stderr
 
 
 def fresh(folder: Path, *overrides: str) -> Path:
@@ -654,17 +646,19 @@ class TestCommand:
         write_lines(folder / "set.jsonl", *UNEVEN)
         settings = ["--dataset", "set.jsonl", *QUICK, *EXACT, "training.micro_batch_size=1"]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        for name, how in (("one", []), ("two", launcher)):
-            done = subprocess.run(
-                [sys.executable, *how, str(ROOT / "scripts/finetune.py"), *settings, f"training.checkpoint_dir={name}"],
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                timeout=600,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            assert done.returncode == 0, done.stderr
-            assert done.stdout.count("packed into 8 sequences") == done.stdout.count("Next: python") == 1
+        alone = here(folder, *settings, "training.checkpoint_dir=one")
+        together = subprocess.run(
+            [sys.executable, *launcher, str(ROOT / "scripts/finetune.py"), *settings, "training.checkpoint_dir=two"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        done = (together.returncode, together.stdout, together.stderr)
+        for status, output, errors in (alone, done):
+            assert status == 0, errors
+            assert output.count("packed into 8 sequences") == output.count("Next: python") == 1
         assert_same_weights(folder / "one", folder / "two")
 
     def test_text_and_what_was_cut(self, tmp_path: Path) -> None:
@@ -727,12 +721,9 @@ class TestRefusals:
 
     def test_malformed_lines(self, untouched: Path) -> None:
         write_lines(untouched / "bad.jsonl", {"prompt": "a", "completion": "b"}, "{", {"prompt": "a"})
-        result = command(untouched, "--dataset", "bad.jsonl")
-        assert result.returncode == 1
-        assert result.stderr.startswith("error: 2 of 3 lines of bad.jsonl cannot be used:\n  bad.jsonl:2: ")
-        assert '  bad.jsonl:3: has no "completion"\n' in result.stderr
-        assert "Traceback" not in result.stderr
-        assert not (untouched / "runs").exists() and not (untouched / "checkpoints/finetuned").exists()
+        message = self.refused(untouched, "--dataset", "bad.jsonl")
+        assert message.startswith("error: 2 of 3 lines of bad.jsonl cannot be used:\n  bad.jsonl:2: ")
+        assert '  bad.jsonl:3: has no "completion"\n' in message
 
     def test_too_long_examples(self, untouched: Path) -> None:
         long = {"prompt": "~" * 99, "completion": "b"}

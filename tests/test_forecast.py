@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from config.load import load_config
+from tests.commands import here
 from training.estimate import Sizes
 from training.forecast import memory_rows, read_question, run_rows
 
@@ -46,18 +48,15 @@ def test_arithmetic_of_gpt3_as_published() -> None:
     assert (gpt3.flops_per_token - attention) * 300e9 == pytest.approx(3.14e23, rel=0.01)
 
 
-STEP = """
-import re, sys
+STEPS = """
+import json, os, re, sys
 import torch
 from config.load import load_config
 from model.transformer import Transformer
 from training.optimizers import make_optimizers
 
-rows, length, *overrides = sys.argv[1:]
-config = load_config([], overrides)
-
 def peak():
-    # Not ru_maxrss, which begins with that of the process that started this one.
+    # Not ru_maxrss, which begins with that of the process that this one was forked from.
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
 def train(config, rows, length, steps):
@@ -71,26 +70,44 @@ def train(config, rows, length, steps):
         optimizers.step(torch.tensor(False))
         optimizers.zero_grad()
 
-tiny = load_config([], [*overrides, "model.n_layers=1", "model.d_model=64", "model.d_ff=64", "model.vocab_size=128"])
-train(tiny, 1, 128, 1)
-before = peak()
-train(config, int(rows), int(length), 2)
-print(peak() - before)
+rows, length, ways = json.loads(sys.argv[1])
+small = ["model.n_layers=1", "model.d_model=64", "model.d_ff=64", "model.vocab_size=128"]
+for overrides in ways:  # what is loaded at first use is there before any of them is measured
+    train(load_config([], [*overrides, *small]), 1, 128, 1)
+for overrides in ways:
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        before = peak()
+        train(load_config([], overrides), rows, length, 2)
+        print(peak() - before, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
+MEASURED = "variant=modern-125m vocab_size=8192 n_layers=4 n_heads=4 n_kv_heads=2 d_model=256 d_ff=1024"
+WAYS = [(optimizer, kept) for optimizer in ("adamw", "muon") for kept in ("none", "selective", "full")]
+
+
+def settings_of(optimizer: str, checkpointing: str) -> list[str]:
+    words = [f"model.{word}" for word in MEASURED.split()]
+    return [*words, f"training.optimizer={optimizer}", f"training.gradient_checkpointing={checkpointing}"]
+
+
+@pytest.fixture(scope="module")
+def peaks() -> dict[tuple[str, str], int]:
+    """The bytes that two steps over two sequences of 512 tokens took at their peak, in a process for each way."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back, so that the peak is seen
+    command = [sys.executable, "-c", STEPS, json.dumps([2, 512, [settings_of(*way) for way in WAYS]])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return dict(zip(WAYS, map(int, done.stdout.split()), strict=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_memory_as_measured(optimizer: str, checkpointing: str) -> None:
-    overrides = "variant=modern-125m vocab_size=8192 n_layers=4 n_heads=4 n_kv_heads=2 d_model=256 d_ff=1024"
-    words = [f"model.{word}" for word in overrides.split()]
-    words += [f"training.optimizer={optimizer}", f"training.gradient_checkpointing={checkpointing}"]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back, so that the peak is seen
-    command = [sys.executable, "-c", STEP, "2", "512", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    estimated = Sizes(load_config([], [*words, "training.sequence_length=512"])).memory(2, mixed=False)
-    assert int(done.stdout) == pytest.approx(estimated.total, rel=0.12)
+@pytest.mark.parametrize(("optimizer", "checkpointing"), WAYS)
+def test_memory_as_measured(peaks: dict[tuple[str, str], int], optimizer: str, checkpointing: str) -> None:
+    words = [*settings_of(optimizer, checkpointing), "training.sequence_length=512"]
+    estimated = Sizes(load_config([], words)).memory(2, mixed=False)
+    assert peaks[optimizer, checkpointing] == pytest.approx(estimated.total, rel=0.12)
 
 
 def test_the_example_of_the_help() -> None:
@@ -160,8 +177,5 @@ def test_bad_words(words: list[str], told: str) -> None:
 
 def test_the_command() -> None:
     words = ["training", "model=gpt2-small", "gpus=8", "tokens=10B", "gpu=a100"]
-    done = subprocess.run(
-        [sys.executable, "scripts/plan.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    done = here(ROOT, "scripts/plan.py", *words)
     assert "124,439,808" in done.stdout and "fsdp" in done.stdout

@@ -26,6 +26,7 @@ from inference.prompting import chat_prompt
 from inference.sampling import SamplingSettings
 from model.checkpoint import load_model
 from scripts.export import export
+from tests.commands import here
 from tests.hub_server import HubServer, Repo
 from tests.small_runs import ROOT
 
@@ -127,8 +128,7 @@ def test_an_import_gives_the_tokens_logits_and_texts_of_transformers(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = write(tmp_path / "theirs", kind, dtype, **options)
-    result = run_import("theirs", "--output", "ours", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    here(tmp_path, "scripts/import.py", "theirs", "--output", "ours")
     model, info = load_model(tmp_path / "ours/model_step_0.pt")
     tokenizer = load_tokenizer(Path(info.config["data"]["tokenizer_dir"]))
     assert tokenizer.fingerprint == info.tokenizer_fingerprint
@@ -347,23 +347,13 @@ def test_a_model_of_the_hub_is_imported_and_finetuned(tmp_path: Path) -> None:
     lines = [json.dumps({"messages": [{**conversation[0], "content": f"hi {n}"}, conversation[1]]}) for n in range(20)]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines))
     settings = ["training.epochs=2", "training.batch_size=4", "training.micro_batch_size=4", "training.wandb.mode=off"]
-    finetuned = command(
-        "finetune.py", "--checkpoint", "checkpoints/tiny", "--dataset", "chats.jsonl", *settings, cwd=tmp_path
-    )
-    assert finetuned.returncode == 0, finetuned.stderr
+    tune = (tmp_path, "scripts/finetune.py")
+    finetuned = here(*tune, "--checkpoint", "checkpoints/tiny", "--dataset", "chats.jsonl", *settings)
     written = re.search(r"--checkpoint (\S+)", finetuned.stdout.splitlines()[-1])
     assert written is not None
-    asked = command("generate.py", "--checkpoint", written[1], "--prompt", "hi 3", "--temperature", 0, cwd=tmp_path)
-    assert asked.returncode == 0, asked.stderr
-    resumed = command("finetune.py", "--resume", written[1], *settings, "training.epochs=3", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    here(tmp_path, "scripts/generate.py", "--checkpoint", written[1], "--prompt", "hi 3", "--temperature", "0")
+    resumed = here(*tune, "--resume", written[1], *settings, "training.epochs=3")
     assert f"Going on from {written[1]}" in resumed.stdout and "model_step_14.pt" in resumed.stdout
-    imported = command("finetune.py", "--resume", "checkpoints/tiny", "--dataset", "chats.jsonl", cwd=tmp_path)
-    assert imported.returncode == 1 and imported.stderr.count("\n") == 1
+    imported = here(*tune, "--resume", "checkpoints/tiny", "--dataset", "chats.jsonl", status=1)
+    assert imported.stderr.count("\n") == 1
     assert "is no checkpoint of fine-tuning. To start from it: --checkpoint" in imported.stderr
-
-
-def command(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)

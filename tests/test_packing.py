@@ -16,7 +16,8 @@ from config.errors import UserError
 from data.data_loader import DataLoader
 from data.packing import PackedWindows, best_fit_decreasing
 from data.tokens import TokenFiles
-from tests.small_runs import SMALL, command, metrics, write_corpus
+from tests.commands import here
+from tests.small_runs import SMALL, TRAIN, metrics, write_corpus
 from tests.test_data_loader import write_tokens
 
 CONTEXT = 8
@@ -112,7 +113,7 @@ class TestPackedWindows:
 def test_the_command_trains_on_packed_and_masked_documents(tmp_path: Path) -> None:
     write_corpus(tmp_path, ends=[30, 530, 537, 582])
     settings = [*SMALL, "data.loader.packing=best_fit", "training.documents=masked", "training.run_name=packed"]
-    done = command(tmp_path, "train", *settings)
+    done = here(tmp_path, TRAIN, *settings)
     assert done.stdout.startswith("5 documents packed into ") and "padding is 0." in done.stdout
     rows = metrics(tmp_path / "runs/packed")
     assert rows[-1]["loss"] < rows[0]["loss"]

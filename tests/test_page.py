@@ -26,6 +26,8 @@ STOP_AT_40 = """() => {
   }).observe(document.getElementById("turns"), { childList: true, characterData: true, subtree: true });
 }"""
 PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
+PATIENCE = 60_000  # milliseconds: the machine may have other work
+expect.set_options(timeout=PATIENCE)
 Open = Callable[..., Page]
 
 
@@ -69,7 +71,7 @@ def open_page(server: Server, browser: Browser) -> Iterator[Open]:
         contexts.append(context)
         context.on("request", lambda request: asked.append(request.url))
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: complain(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complain(str(error)))
         page.goto(address)

@@ -13,6 +13,7 @@ from data.pipeline.calibration import Measured, calibrate
 from data.pipeline.traffic import Corpus, reads
 from data.tokens import load_tokens_manifest
 from scripts.plan import MOST_FILES, intermediate_reads, rows, sensible_size, tasks_for
+from tests.commands import here
 from tests.test_preprocess import SETTINGS, command, run, sentences, write_corpus
 
 MEASURED = Measured(
@@ -39,7 +40,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a source, a tokenizer and token files."""
     folder = tmp_path_factory.mktemp("prepared")
     write_corpus(folder, [*sentences(200), "short"])
-    assert command(folder, "data/tokenizer.py", *SETTINGS).returncode == 0
+    here(folder, "data/tokenizer.py", *SETTINGS)
     run(folder)
     return folder
 
@@ -125,13 +126,11 @@ def test_the_command(prepared: Path) -> None:
     ],
 )
 def test_mistakes(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = command(tmp_path, "scripts/plan.py", "data", *arguments)
-    assert done.returncode == 1
+    done = here(tmp_path, "scripts/plan.py", "data", *arguments, status=1)
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_nothing_downloaded(prepared: Path, tmp_path: Path) -> None:
     shutil.copytree(prepared / "corpus/tokenizer", tmp_path / "corpus/tokenizer")
-    done = command(tmp_path, "scripts/plan.py", "data", *SETTINGS)
-    assert done.returncode == 1
+    done = here(tmp_path, "scripts/plan.py", "data", *SETTINGS, status=1)
     assert "python data/download_datasets.py notes" in done.stderr

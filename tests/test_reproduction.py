@@ -10,7 +10,8 @@ import pytest
 
 from config.errors import UserError
 from scripts.train import train as train_command
-from tests.small_runs import SMALL, RandomSamples, command, train_here, write_corpus
+from tests.commands import here
+from tests.small_runs import SMALL, TRAIN, RandomSamples, command, train_here, write_corpus
 from training.reproduction import open_original
 
 RUN = [*SMALL, "training.run_name=first", "model.dropout=0.1"]
@@ -18,7 +19,7 @@ RUN = [*SMALL, "training.run_name=first", "model.dropout=0.1"]
 
 def test_a_run_repeated_is_bit_identical_and_a_changed_one_is_told(tmp_path: Path) -> None:
     write_corpus(tmp_path)
-    command(tmp_path, "train", *RUN)
+    here(tmp_path, TRAIN, *RUN)
     before = (tmp_path / "checkpoints/model_step_8.pt").read_bytes()
 
     done = command(tmp_path, "train", "--reproduce", "runs/first")
@@ -37,7 +38,7 @@ def test_a_run_repeated_is_bit_identical_and_a_changed_one_is_told(tmp_path: Pat
     (start,) = json.loads(environment.read_text())
     start["git_commit"], start["versions"]["numpy"] = "0" * 40, "1.0"
     environment.write_text(json.dumps([start]))
-    done = command(tmp_path, "train", "--reproduce", "runs/first", "training.adamw.learning_rate=0.004", status=1)
+    done = here(tmp_path, TRAIN, "--reproduce", "runs/first", "training.adamw.learning_rate=0.004", status=1)
     assert "warning: training.adamw.learning_rate was 0.003, is 0.004." in done.stdout
     assert re.search(r"warning: numpy was 1\.0, is \d", done.stdout)
     assert "warning: commit was 0000" in done.stdout or "whether the code is the same cannot be told" in done.stdout

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.small_runs import ROOT, SMALL, command, curve, finish, start, wait_for, write_corpus
-from tests.test_distributed import TWO
+from tests.commands import here
+from tests.small_runs import ROOT, SMALL, TRAIN, curve, finish, start, wait_for, write_corpus
+from tests.test_distributed import DISTRIBUTED, TWO
 
 SETTINGS = [
     *SMALL,
@@ -29,15 +30,15 @@ SETTINGS = [
 
 class TestNames:
     def test_resume_auto_needs_the_name_of_the_run(self, tmp_path: Path) -> None:
-        done = command(tmp_path, "train", "--resume", "auto", *SMALL, status=1)
+        done = here(tmp_path, TRAIN, "--resume", "auto", *SMALL, status=1)
         assert done.stderr == "error: --resume auto goes on with the run of one name: set training.run_name=NAME.\n"
 
     def test_restarts_go_on_with_the_runs_own_checkpoint_alone(self, tmp_path: Path) -> None:
         given = [*TWO, "--max-restarts", "1", *SMALL]
-        done = command(tmp_path, "distributed_train", *given, "--resume", "latest", status=1)
+        done = here(tmp_path, DISTRIBUTED, *given, "--resume", "latest", status=1)
         assert "not from --resume latest" in done.stderr
         meeting = ["--nodes", "2", "--rendezvous", "localhost:29400"]
-        done = command(tmp_path, "distributed_train", *given, *meeting, status=1)
+        done = here(tmp_path, DISTRIBUTED, *given, *meeting, status=1)
         assert "on several machines needs a name that all of them know: training.run_name=NAME" in done.stderr
 
 
@@ -62,7 +63,7 @@ class TestSlurm:
         words = started.split()[started.split().index("python") + 1 :]
         assert words[1:5] == ["--gpus", "8", "--nodes", "2"] and "one:29400" in words
         (tmp_path / "config").symlink_to(ROOT / "config")
-        printed = command(tmp_path, "distributed_train", *words[1:], "--print-config").stdout
+        printed = here(tmp_path, DISTRIBUTED, *words[1:], "--print-config").stdout
         assert "run_name: modern-1b" in printed and "parallelism: hsdp" in printed
 
 
@@ -72,7 +73,7 @@ class TestLosses:
     def folder(self, tmp_path: Path) -> Path:
         """A corpus, and an undisturbed run of one process, `calm`."""
         write_corpus(tmp_path)
-        command(tmp_path, "train", *SETTINGS, "training.run_name=calm", "training.checkpoint_dir=calm")
+        here(tmp_path, TRAIN, *SETTINGS, "training.run_name=calm", "training.checkpoint_dir=calm")
         return tmp_path
 
     def test_a_killed_process_and_then_a_killed_machine_are_made_good(self, folder: Path) -> None:

@@ -14,10 +14,11 @@ from config.earlier import BEFORE
 from config.errors import UserError
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.transformer import Transformer
+from tests.commands import here
 from tests.small_runs import (
     SMALL,
+    TRAIN,
     RandomSamples,
-    command,
     curve,
     differing,
     kill_when,
@@ -107,18 +108,18 @@ def test_killed_at_any_moment_the_command_goes_on_bit_for_bit(folder: Path) -> N
     """Promise 2: `train(N)` against `train(k)`, `kill -9`, `--resume`, twice, with everything on that draws numbers."""
     write_corpus(folder, ends=[30, 500, 507, 1400, 4000])
     settings = [*SMALL, *LIVELY, "data.loader.packing=best_fit", "training.documents=masked"]
-    settings += ["training.max_steps=60", "training.checkpoint_interval=10", "training.keep_last=9"]
-    settings += ["training.sample_interval=7", "generation.max_new_tokens=5", "training.eval_interval=15"]
+    settings += ["training.max_steps=120", "training.checkpoint_interval=10", "training.keep_last=9"]
+    settings += ["training.sample_interval=7", "generation.max_new_tokens=5", "training.eval_interval=30"]
     settings += ["training.short_sequences.length=16", "training.short_sequences.fraction=0.5"]
-    command(folder, "train", *settings, "training.run_name=whole", "training.checkpoint_dir=whole")
+    here(folder, TRAIN, *settings, "training.run_name=whole", "training.checkpoint_dir=whole")
 
     part = ["training.run_name=part", "training.checkpoint_dir=part"]
     kill_when((folder / "part/model_step_20.pt").exists, start(folder, "train", *settings, *part))
     resume = ["--resume", "latest", "training.checkpoint_dir=part"]
     kill_when((folder / "part/model_step_40.pt").exists, start(folder, "train", *resume))
-    assert not (folder / "part/model_step_60.pt").exists()
-    command(folder, "train", *resume)
-    compare_checkpoints(folder / "whole/model_step_60.pt", folder / "part/model_step_60.pt")
+    assert not (folder / "part/model_step_120.pt").exists()
+    here(folder, TRAIN, *resume)
+    compare_checkpoints(folder / "whole/model_step_120.pt", folder / "part/model_step_120.pt")
     assert curve(folder / "runs/part") == curve(folder / "runs/whole")
     assert (folder / "runs/part/samples.jsonl").read_text() == (folder / "runs/whole/samples.jsonl").read_text()
 
@@ -254,11 +255,11 @@ class TestGoingBack:
 @pytest.mark.slow
 def test_the_command_says_what_is_wrong_and_what_to_do(folder: Path) -> None:
     write_corpus(folder)
-    missing = command(folder, "train", *SMALL, "--resume", "latest", status=1)
+    missing = here(folder, TRAIN, *SMALL, "--resume", "latest", status=1)
     assert missing.stderr.startswith("error: There is no checkpoint in checkpoints/.")
-    command(folder, "train", *SMALL, "training.run_name=done")
-    complete = command(folder, "train", "--resume", "latest")
+    here(folder, TRAIN, *SMALL, "training.run_name=done")
+    complete = here(folder, TRAIN, "--resume", "latest")
     assert "This run is complete: step 8 of 8" in complete.stdout
     advice = complete.stdout.splitlines()[-1].removeprefix("To train on: python scripts/train.py ")
     assert advice == "--resume checkpoints/model_step_8.pt training.max_steps=16"
-    assert "step 16" in command(folder, "train", *advice.split()).stdout
+    assert "step 16" in here(folder, TRAIN, *advice.split()).stdout

@@ -13,7 +13,8 @@ import yaml
 from config.errors import UserError
 from config.load import save_config, with_vocab_size
 from scripts.scaling import scaling
-from tests.small_runs import SMALL, command, kill_when, start, write_corpus
+from tests.commands import here
+from tests.small_runs import SMALL, kill_when, start, write_corpus
 from training.ladder import parameters_of, read_ladder
 from training.power_law import Law
 
@@ -96,7 +97,7 @@ def test_a_ladder_that_is_killed_goes_on_where_it_was(folder: Path) -> None:
     process = start(folder, "scaling", str(file))
     kill_when(lambda: Path("runs/steps-w16-2K/result.json").exists(), process)
     first = Path("runs/steps-w16-1K/environment.json").read_bytes()
-    done = command(folder, "scaling", str(file))
+    done = here(folder, "scripts/scaling.py", str(file))
     assert "1/6  " not in done.stdout and "6/6  steps-w32-4K: 16 steps" in done.stdout
     assert Path("runs/steps-w16-1K/environment.json").read_bytes() == first
     assert len(list(Path("runs").glob("*/result.json"))) == 6 and "Root mean square" in done.stdout

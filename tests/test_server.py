@@ -313,14 +313,14 @@ class TestRefusals:
         assert answer.status_code == 415
 
     def test_addresses_and_methods(self, server: Server) -> None:
-        assert httpx.get(f"{server.address}/v1/nothing").json()["error"]["code"] == "unknown_url"
-        answer = httpx.get(f"{server.address}/v1/completions")
+        assert httpx.get(f"{server.address}/v1/nothing", timeout=60).json()["error"]["code"] == "unknown_url"
+        answer = httpx.get(f"{server.address}/v1/completions", timeout=60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
 
 
 class TestPage:
     def test_it_comes_with_a_strict_policy_and_nothing_from_elsewhere(self, server: Server) -> None:
-        page = httpx.get(f"{server.address}/")
+        page = httpx.get(f"{server.address}/", timeout=60)
         assert page.headers["content-type"].startswith("text/html") and "<title>Quern" in page.text
         policy = page.headers["content-security-policy"]
         for part in ("default-src 'none'", "script-src 'self'", "frame-ancestors 'none'", "form-action 'none'"):
@@ -330,16 +330,16 @@ class TestPage:
 
     def test_its_parts(self, server: Server) -> None:
         for name, kind in (("page.js", "text/javascript"), ("page.css", "text/css")):
-            part = httpx.get(f"{server.address}/page/{name}")
+            part = httpx.get(f"{server.address}/page/{name}", timeout=60)
             assert (part.status_code, part.headers["content-type"].partition(";")[0]) == (200, kind)
 
     def test_other_files_are_out_of_reach(self, server: Server) -> None:
         for path in ("/page/../server/app.py", "/page/%2e%2e/server/app.py", "/page/..%2fengine.py", "/page/nothing"):
-            assert httpx.get(f"{server.address}{path}").status_code == 404
+            assert httpx.get(f"{server.address}{path}", timeout=60).status_code == 404
 
     def test_no_other_site_may_read_or_send(self, server: Server) -> None:
         asked = {"origin": "https://example.com", "access-control-request-method": "POST"}
-        answer = httpx.options(f"{server.address}/v1/completions", headers=asked)
+        answer = httpx.options(f"{server.address}/v1/completions", headers=asked, timeout=60)
         assert answer.status_code == 405
         assert not [name for name in answer.headers if name.startswith("access-control")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from config.errors import UserError
 from model.checkpoint import load_model
 from model.checkpoint_folder import latest_checkpoint
-from tests.small_runs import SMALL, command, curve, small_config, write_corpus
-from tests.test_distributed import MASKED_RUN, TWO, run_python
+from tests.commands import here
+from tests.small_runs import SMALL, TRAIN, command, curve, small_config, write_corpus
+from tests.test_distributed import MASKED_RUN, TWO, masked_run, run_python
 from training.layout import Layout, make_layout
 
 # AdamW makes whole steps of rounding errors where a gradient is next to nothing; a larger eps keeps them small.
@@ -162,7 +164,8 @@ class TestLayout:
 def one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run `one` of one process."""
     folder = tmp_path_factory.mktemp("one_device")
-    run_processes(folder, 1, MASKED_RUN, "training.checkpoint_dir=one", "training.run_name=one", *TEN_STEPS)
+    with contextlib.chdir(folder):
+        masked_run("training.checkpoint_dir=one", "training.run_name=one", *TEN_STEPS)
     return folder
 
 
@@ -205,13 +208,13 @@ class TestSharded:
         write_corpus(tmp_path)
         settings = [*SETTINGS, "training.schedule.name=constant", "training.run_name=run"]
         settings += ["model.value_embeddings=alternate", "model.tie_embeddings=false"]
-        command(tmp_path, "train", *settings, "training.max_steps=12", "training.checkpoint_dir=whole")
+        here(tmp_path, TRAIN, *settings, "training.max_steps=12", "training.checkpoint_dir=whole")
         Path("runs/run").rename("runs/whole")
-        command(tmp_path, "train", *settings, "training.max_steps=3", "training.checkpoint_dir=run")
+        here(tmp_path, TRAIN, *settings, "training.max_steps=3", "training.checkpoint_dir=run")
 
         two = [*TWO, "training.tensor_parallel=2", "training.micro_batch_size=2", "training.sample_interval=3"]
         command(tmp_path, "distributed_train", *two, "--resume", "run", "training.max_steps=6")
-        shown = command(tmp_path, "eval", "--checkpoint", "run/model_step_6", "--json").stdout
+        shown = here(tmp_path, "scripts/eval.py", "--checkpoint", "run/model_step_6", "--json").stdout
         assert json.loads(shown)["loss"] < math.log(256)
 
         four = ["--gpus", "4", "--device", "cpu", "training.parallelism=hsdp", "training.shard_group=2"]
@@ -221,7 +224,7 @@ class TestSharded:
         assert [sample["step"] for sample in samples] == [6, 9]
         assert all(len(sample["text"]) > 10 for sample in samples)
         assert latest_checkpoint(Path("run")) == Path("run/model_step_9") and Path("run/model_step_9").is_dir()
-        command(tmp_path, "train", "--resume", "run/model_step_9", "training.max_steps=12")
+        here(tmp_path, TRAIN, "--resume", "run/model_step_9", "training.max_steps=12")
         assert Path("run/model_step_12.pt").is_file()
         assert_same_run(tmp_path, "whole", "run")
 
@@ -231,7 +234,7 @@ def run_processes(folder: Path, processes: int, program: str, *arguments: str) -
     script = folder / "program.py"
     script.write_text(program)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    run_python(folder, *(launcher if processes > 1 else []), str(script), *arguments)
+    run_python(folder, *launcher, str(script), *arguments)
 
 
 def assert_same_run(folder: Path, one: str, other: str, rtol: float = 1e-4, atol: float = 2e-5) -> None:

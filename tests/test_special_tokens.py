@@ -12,7 +12,8 @@ import pytest
 from config.load import load_config
 from data.tokenization import load_tokenizer
 from data.tokens import Split, TokenFiles
-from tests.test_preprocess import SETTINGS, command, sentences, write_corpus
+from tests.commands import here
+from tests.test_preprocess import SETTINGS, sentences, write_corpus
 
 SPECIAL = tuple(load_config().data.tokenizer.special_tokens)
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -58,8 +59,7 @@ def test_written_special_tokens_stay_text(downloaded: Path, tmp_path: Path, kind
         "data.tokenizer.vocab_size=340",
     ]
     for name in ("data/tokenizer.py", "data/preprocess.py"):
-        done = command(tmp_path, name, *settings, "data.preprocess.validation_fraction=0.2")
-        assert done.returncode == 0, done.stderr
+        here(tmp_path, name, *settings, "data.preprocess.validation_fraction=0.2")
     tokenizer = load_tokenizer(tmp_path / "corpus/tokenizer")
     assert set(tokenizer.special_tokens) == set(SPECIAL)
     special = np.array(sorted(tokenizer.special_tokens.values()))

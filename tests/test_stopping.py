@@ -8,12 +8,15 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from tests.commands import here
 from tests.small_runs import (
     SMALL,
+    TRAIN,
     RandomSamples,
     command,
     finish,
@@ -43,15 +46,19 @@ def test_sigusr1_saves_and_goes_on() -> None:
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_a_run_ends_with_a_checkpoint_before_its_time_is_over() -> None:
+def test_a_run_ends_with_a_checkpoint_before_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which a step takes a minute, and which has half an hour left."""
+    clock = [time.time()]
+    monkeypatch.setattr("training.signals.time", SimpleNamespace(time=lambda: clock[0]))
     model = new_transformer()
-    model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    model.register_forward_pre_hook(lambda *_: clock.append(clock.pop() + 60.0))
     started = psutil.Process().create_time()
-    hours = (time.time() - started + 3.0) / 3600
+    end = clock[0] + 1800.0
     settings = ["training.checkpoint_interval=100000", "training.max_steps=100000"]
+    hours = (end - started) / 3600
     result = train_here(RandomSamples(32, 32), *settings, f"training.max_hours={hours}", model=model)
-    assert time.time() - started < 3600 * hours
-    assert result.stopped_by == 0 and 2 <= result.step < 40
+    assert clock[0] < end
+    assert result.stopped_by == 0 and 20 < result.step < 30
     assert result.checkpoint is not None and read_checkpoint(result.checkpoint)["step"] == result.step
 
 
@@ -113,5 +120,5 @@ def test_the_command_says_how_to_go_on_when_its_time_is_over(folder: Path) -> No
     assert cause.startswith("Stopped by training.max_hours after step ")
     again = advice.removeprefix("Go on with: python scripts/train.py ").split()
     step = read_checkpoint(Path(again[1]))["step"]
-    more = command(folder, "train", *again, "training.max_hours=null", f"training.max_steps={step + 2}")
+    more = here(folder, TRAIN, *again, "training.max_hours=null", f"training.max_steps={step + 2}")
     assert f"step {step + 2}/{step + 2}" in more.stderr

@@ -16,7 +16,8 @@ from config.errors import UserError
 from config.files import UNFINISHED, is_remote, local, location, replace_directory, write_text
 from data.pipeline.preparation import present
 from data.tokens import MANIFEST, load_tokens_manifest
-from tests.test_preprocess import ROOT, SETTINGS, checksums, command, run, sentences, write_corpus
+from tests.commands import here
+from tests.test_preprocess import ROOT, SETTINGS, checksums, run, sentences, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("local")
     texts = sentences(150)
     write_corpus(folder, [*texts, *texts[:5], "short"], bad_lines=["no json"])
-    assert command(folder, "data/tokenizer.py", *SETTINGS).returncode == 0
+    here(folder, "data/tokenizer.py", *SETTINGS)
     run(folder, *MORE)
     return folder
 
@@ -142,8 +143,7 @@ class TestAddresses:
                 with pytest.raises(UserError, match="aws s3 sync"):
                     local("s3://shared/corpus/tokens", setting)
                 continue
-            done = command(tmp_path, script, f"{setting}=s3://shared/corpus")
-            assert done.returncode == 1
+            done = here(tmp_path, script, f"{setting}=s3://shared/corpus", status=1)
             assert f"{setting} is s3://shared/corpus" in done.stderr and "aws s3 sync" in done.stderr
 
     def test_an_unknown_protocol(self) -> None:

@@ -15,7 +15,8 @@ import yaml
 from optuna.trial import TrialState
 
 from config.errors import UserError
-from tests.small_runs import SMALL, command, kill_when, metrics, start, write_corpus
+from tests.commands import here
+from tests.small_runs import SMALL, kill_when, metrics, start, write_corpus
 from training.experiment import PlannedRun
 from training.searcher import Searcher
 from training.study import ask, open_study, suggest
@@ -153,9 +154,9 @@ def test_a_sweep_killed_while_a_trial_runs_goes_on_and_finds_the_better_rate(fol
     write_corpus(folder)
     file = write()
     process = start(folder, "sweep", str(file))
-    kill_when(lambda: Path("runs/rates-001/metrics.jsonl").exists(), process)
+    kill_when(lambda: Path("runs/rates-001").exists(), process)
     first = Path("runs/rates-000/environment.json").read_bytes()
-    done = command(folder, "sweep", str(file))
+    done = here(folder, "scripts/sweep.py", str(file))
     assert Path("runs/rates-000/environment.json").read_bytes() == first
     losses = {run: metrics(Path(f"runs/rates-00{run}"))[-1]["validation_loss"] for run in (0, 1)}
     best = min(losses, key=losses.__getitem__)
@@ -165,4 +166,4 @@ def test_a_sweep_killed_while_a_trial_runs_goes_on_and_finds_the_better_rate(fol
     for name in ("parallel-coordinates", "importance"):
         assert Path(f"runs/rates/{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not Path("runs/rates-002").exists()
-    assert "rates-00" not in command(folder, "sweep", str(file)).stdout.split("best first")[0]
+    assert "rates-00" not in here(folder, "scripts/sweep.py", str(file)).stdout.split("best first")[0]

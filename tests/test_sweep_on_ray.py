@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -33,10 +34,11 @@ def test_without_a_cluster() -> None:
 
 
 def run_of(name: str) -> psutil.Process | None:
-    """The process of the run of that name, if it is there."""
-    for process in psutil.process_iter(["cmdline"]):
-        if f"training.run_name={name}" in (process.info["cmdline"] or ()):
-            return process
+    """The process of the run of that name, if it is there; other tests have runs of that name, too."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if f"training.run_name={name}" in process.cmdline():
+                return process
     return None
 
 
@@ -47,7 +49,7 @@ class TestCluster:
     def test_a_run_on_each_core_and_one_whose_worker_is_killed_goes_on(self, folder: Path, ray_address: str) -> None:
         write_corpus(folder)
         file = write()
-        long = ["training.max_steps=60", "training.checkpoint_interval=2"]
+        long = ["training.max_steps=400", "training.checkpoint_interval=10"]
         process = start(folder, "sweep", str(file), *long, "--ray", ray_address)
         both = [f"rates-00{number}" for number in (0, 1)]
         wait_for(lambda: all((folder / "runs" / name / "metrics.jsonl").exists() for name in both), process)
@@ -58,7 +60,7 @@ class TestCluster:
         keeper.kill()
         done = finish(process)
         assert done.returncode == 0, done.stdout + done.stderr
-        rows = re.findall(r"│ rates-00(\d) │ 1 +│ (\S+) +│ ([\d.]+) +│ 60 +│", done.stdout)
+        rows = re.findall(r"│ rates-00(\d) │ 1 +│ (\S+) +│ ([\d.]+) +│ 400 +│", done.stdout)
         assert sorted(row[0] for row in rows) == ["0", "1"] and float(rows[0][2]) <= float(rows[1][2])
         for number, _, value in rows:
             assert value == f"{metrics(folder / f'runs/rates-00{number}')[-1]['validation_loss']:.4f}"

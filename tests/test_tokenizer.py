@@ -31,6 +31,7 @@ from data.tokenization.probes import LANGUAGES, probe_texts
 from data.tokenization.protocol import Kind
 from data.tokenization.training import interleave, limit_bytes
 from data.tokenization.words import LONGEST_WORD
+from tests.commands import here
 
 ROOT = Path(__file__).parents[1]
 KINDS: tuple[Kind, ...] = get_args(TokenizerConfig.model_fields["kind"].annotation)
@@ -359,7 +360,7 @@ class TestProcesses:
         texts = corpus() * 3
         expected = lists(tokenizer.encode_batch(texts))
         with multiprocessing.get_context(method).Pool(1) as pool:
-            assert pool.apply_async(encode_in_worker, (tokenizer, texts)).get(timeout=60) == expected
+            assert pool.apply_async(encode_in_worker, (tokenizer, texts)).get(timeout=300) == expected
 
     def test_a_saved_tokenizer_is_pickled_as_its_folder(self, tokenizer: Tokenizer) -> None:
         pickled = pickle.dumps(tokenizer)
@@ -481,9 +482,7 @@ class TestFolder:
         assert load_tokenizer(tmp_path / "t").fingerprint == load_tokenizer(folders["bpe"]).fingerprint
 
 
-def run_command(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "data" / name), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+COMMAND = "data/tokenizer.py"
 
 
 @pytest.fixture(scope="module")
@@ -496,19 +495,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "recipe.yaml").write_text(
         "data: {use: [my-files], sources: {my-files: {paths: ['notes/*.txt']}}, tokenizer: {vocab_size: 500}}"
     )
-    assert run_command("download_datasets.py", *settings, folder=folder).returncode == 0
+    here(folder, "data/download_datasets.py", *settings)
     return folder
 
 
 class TestCommand:
     def test_asks_for_the_download_first(self, tmp_path: Path) -> None:
-        done = run_command("tokenizer.py", folder=tmp_path)
-        assert done.returncode == 1
+        done = here(tmp_path, COMMAND, status=1)
         assert "python data/download_datasets.py" in done.stderr and done.stderr.count("\n") == 1
         assert not list(tmp_path.iterdir())
 
     def test_trains_reports_and_says_what_is_next(self, folder: Path) -> None:
-        first = run_command("tokenizer.py", "--config", "recipe.yaml", folder=folder)
+        line = [sys.executable, str(ROOT / COMMAND), "--config", "recipe.yaml"]
+        first = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300)
         assert (first.returncode, first.stderr) == (0, "")
         lines = first.stdout.splitlines()
         assert lines[-1] == "Next: python data/preprocess.py --config recipe.yaml"
@@ -519,25 +518,23 @@ class TestCommand:
         tokenizer = load_tokenizer(folder / "corpus" / "tokenizer")
         assert tokenizer.vocab_size == 500
 
-        again = run_command("tokenizer.py", "--config", "recipe.yaml", folder=folder)
+        again = here(folder, COMMAND, "--config", "recipe.yaml")
         assert "It is the same as the tokenizer that was there" in again.stdout
-        other = run_command(
-            "tokenizer.py", "--config", "recipe.yaml", "data.tokenizer.max_training_bytes=20000", folder=folder
-        )
+        other = here(folder, COMMAND, "--config", "recipe.yaml", "data.tokenizer.max_training_bytes=20000")
         assert "documents, 20.0 kB, in" in other.stdout
         assert "made with that one no longer match" in other.stdout
         assert load_tokenizer(folder / "corpus" / "tokenizer").fingerprint != tokenizer.fingerprint
 
     def test_a_folder_with_other_files_is_refused_before_the_training(self, folder: Path) -> None:
-        done = run_command("tokenizer.py", "--config", "recipe.yaml", "data.tokenizer_dir=.", folder=folder)
-        assert done.returncode == 1 and done.stdout == ""
+        done = here(folder, COMMAND, "--config", "recipe.yaml", "data.tokenizer_dir=.", status=1)
+        assert done.stdout == ""
         assert "holds other files (corpus). Choose another data.tokenizer_dir." in done.stderr
 
     def test_a_mistake_leaves_the_tokenizer_that_was_there(self, folder: Path, folders: dict[str, Path]) -> None:
         arguments = ["--config", "recipe.yaml", "data.tokenizer.kind=sentencepiece-unigram"]
         load_tokenizer(folders["bpe"]).save(folder / "corpus" / "tokenizer")
         before = load_tokenizer(folder / "corpus" / "tokenizer").fingerprint
-        done = run_command("tokenizer.py", *arguments, "data.tokenizer.vocab_size=90000", folder=folder)
-        assert done.returncode == 1 and done.stdout == ""
+        done = here(folder, COMMAND, *arguments, "data.tokenizer.vocab_size=90000", status=1)
+        assert done.stdout == ""
         assert done.stderr.startswith("error: data.tokenizer.vocab_size is 90000, but this text yields at most ")
         assert load_tokenizer(folder / "corpus" / "tokenizer").fingerprint == before
