@@ -11,6 +11,7 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -118,8 +119,7 @@ def _resolve(layers: list[Layer]) -> Config:
 
 def _merge(layers: list[Layer]) -> tuple[Any, list[Layer]]:
     """The values of the defaults, the chosen variant and `layers`, and all layers that were merged, lowest first."""
-    defaults = {name: read_yaml(CONFIG_DIR / f"{name}_config.yaml") for name in SECTIONS}
-    variants: dict[str, Any] = defaults["model"].pop("variants")
+    defaults, variants, shipped = _shipped()
     origins: list[Layer] = [(f"{CONFIG_DIR.name}/{name}_config.yaml", {name: defaults[name]}) for name in SECTIONS]
     for origin, layer in layers:
         _check_sections(origin, layer)
@@ -132,10 +132,18 @@ def _merge(layers: list[Layer]) -> tuple[Any, list[Layer]]:
             where = _origin(["model", "variant"], [*origins, *layers])
             raise UserError(f"{where}: model.variant: there is no variant {variant!r}.{nearest(variant, variants)}")
         chosen = ("model.variants", {"model": _variant(variant, variants)})
-        merged = OmegaConf.merge(defaults, chosen[1], given, {"model": {"variant": variant}})
+        merged = OmegaConf.merge(shipped, chosen[1], given, {"model": {"variant": variant}})
         return OmegaConf.to_container(merged, resolve=True), [*origins, chosen, *layers]
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration does not resolve: {str(error).splitlines()[0]}") from error
+
+
+@cache
+def _shipped() -> tuple[dict[str, Any], dict[str, Any], DictConfig]:
+    """The shipped settings, the variants of the model, and the settings as OmegaConf has them; not to be changed."""
+    defaults = {name: read_yaml(CONFIG_DIR / f"{name}_config.yaml") for name in SECTIONS}
+    variants = defaults["model"].pop("variants")
+    return defaults, variants, OmegaConf.create(defaults)
 
 
 def _variant(name: str, variants: dict[str, Any], seen: tuple[str, ...] = ()) -> dict[str, Any]:
