@@ -5,7 +5,8 @@
 
 The model has random weights and takes steps of its optimizer on random tokens, as the training loop does. In every
 round one step is taken with nothing else going on, one over whose forward and backward pass the state is copied, and
-then as many as the writing takes. On a GPU a step ends when the device is done with it.
+then as many as the writing takes. On a GPU a step ends when the device is done with it. The seconds of the processor,
+of all threads of this process, tell the work of a save apart from whatever else the machine is doing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -48,8 +49,19 @@ def measure(
         show(*take_steps(chosen, rows, length, rounds))
 
 
-def take_steps(config: Config, rows: int, length: int, rounds: int) -> tuple[str, list[list[list[float]]], list[float]]:
-    """What is trained on what, the seconds of each step by round and `KINDS`, and those until the files were whole."""
+class Step(NamedTuple):
+    """What a step took: seconds, and seconds of the processor."""
+
+    wall: float
+    processor: float
+
+
+Rounds = list[list[list[Step]]]
+"""The steps by round and by `KINDS`."""
+
+
+def take_steps(config: Config, rows: int, length: int, rounds: int) -> tuple[str, Rounds, list[float]]:
+    """What is trained on what, the steps, and the seconds until the files were whole."""
     import torch
 
     from model.checkpoint_folder import checkpoint_path
@@ -74,8 +86,8 @@ def take_steps(config: Config, rows: int, length: int, rounds: int) -> tuple[str
         saved = {"model": model.state_dict(), "optimizer": optimizers.state_dict()}
         return {**saved, "config": config.model_dump(), "step": number, "validation_loss": None}
 
-    def step(saved: int | None = None) -> float:
-        started = time.perf_counter()
+    def step(saved: int | None = None) -> Step:
+        started, processor = time.perf_counter(), time.process_time()
         if saved is not None:
             checkpoints.save(state(saved), final=False)
         with precision.autocast():
@@ -86,12 +98,12 @@ def take_steps(config: Config, rows: int, length: int, rounds: int) -> tuple[str
         optimizers.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return Step(time.perf_counter() - started, time.process_time() - processor)
 
     for _ in range(WARM_UP):
         step()
     checkpoints.tend(lambda: state(0))
-    seconds: list[list[list[float]]] = []
+    taken: Rounds = []
     until_whole = []
     for number in range(rounds + 1):
         alone, copying, writing = [step()], [], []
@@ -101,24 +113,27 @@ def take_steps(config: Config, rows: int, length: int, rounds: int) -> tuple[str
             writing.append(step())
             checkpoints.hear()
         until_whole.append(time.perf_counter() - started)
-        seconds.append([alone, copying, writing])
+        taken.append([alone, copying, writing])
     nbytes = staged_bytes(state(0))
     checkpoints.close()
-    threads = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    return f"{nbytes / 1e9:.2f} GB of state, {rows} x {length} tokens, {threads}", seconds[1:], until_whole[1:]
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{nbytes / 1e9:.2f} GB of state, {rows} x {length} tokens, {where}", taken[1:], until_whole[1:]
 
 
-def show(title: str, seconds: list[list[list[float]]], until_whole: list[float]) -> None:
+def show(title: str, taken: Rounds, until_whole: list[float]) -> None:
     """Print the steps of each kind, and by how much they are longer than the one of their round that is alone."""
-    table = Table("a step with", "steps", "ms", "longer by, ms", "lowest to highest", title=title)
+    headings = "a step with", "steps", "ms", "longer by, ms", "lowest to highest", "more work, processor ms"
+    table = Table(*headings, title=title)
     for place, kind in enumerate(KINDS):
-        steps = [each for found in seconds for each in found[place]]
-        more = sorted(1e3 * (each - found[0][0]) for found in seconds for each in found[place])
-        middle = f"{statistics.median(more):.0f}", f"{more[0]:.0f} to {more[-1]:.0f}"
-        table.add_row(kind, str(len(steps)), f"{1e3 * statistics.median(steps):.0f}", *(middle if place else ("", "")))
-    console = Console(width=110)
+        steps = [step for found in taken for step in found[place]]
+        more = sorted(1e3 * (step.wall - found[0][0].wall) for found in taken for step in found[place])
+        work = statistics.median(step.processor - found[0][0].processor for found in taken for step in found[place])
+        added = f"{statistics.median(more):.0f}", f"{more[0]:.0f} to {more[-1]:.0f}", f"{1e3 * work:.0f}"
+        wall = statistics.median(step.wall for step in steps)
+        table.add_row(kind, str(len(steps)), f"{1e3 * wall:.0f}", *(added if place else ()))
+    console = Console(width=120)
     console.print(table)
-    extra = [sum(map(sum, found)) - len(found[1] + found[2] + found[0]) * found[0][0] for found in seconds]
+    extra = [sum(step.wall - found[0][0].wall for steps in found for step in steps) for found in taken]
     console.print(
         f"From the save to the file on the disk: {statistics.median(until_whole):.1f} s, "
         f"in which the steps together take {statistics.median(extra):.2f} s longer."
