@@ -41,7 +41,7 @@ class Server:
             f"{self.address}{path}",
             content=content,
             headers={"content-type": "application/json", **headers},
-            timeout=60,
+            timeout=900,
         )
 
     def metric(self, name: str, **headers: str) -> float:

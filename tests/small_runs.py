@@ -99,7 +99,7 @@ def command(
 def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     """Wait for a started command; it is killed where it does not end."""
     try:
-        output, errors = process.communicate(timeout=300)
+        output, errors = process.communicate(timeout=900)
     except BaseException:
         process.kill()
         raise
@@ -108,10 +108,10 @@ def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     """Return as soon as `condition` holds; an `AssertionError` where the process ends before it does."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, "".join(process.communicate())
-        assert time.monotonic() < deadline, "waited two minutes"
+        assert time.monotonic() < deadline, "waited five minutes"
         time.sleep(0.005)
 
 

@@ -240,7 +240,7 @@ def test_killed_at_random_moments_the_last_checkpoint_is_whole_and_the_run_goes_
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     name = f"model_step_{int(done.stdout.split()[-1])}.pt"

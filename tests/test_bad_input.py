@@ -44,7 +44,7 @@ POISON = {
 def command(name: str, *settings: str) -> subprocess.CompletedProcess[str]:
     """Type a command of the project in the current folder."""
     line = [sys.executable, str(ROOT / "data" / f"{name}.py"), *SETTINGS, *settings]
-    return subprocess.run(line, text=True, capture_output=True, timeout=240)
+    return subprocess.run(line, text=True, capture_output=True, timeout=900)
 
 
 def poisoned(count: int) -> tuple[bytes, list[str], Counter[str]]:

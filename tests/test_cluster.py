@@ -131,7 +131,7 @@ class TestRay:
         process = start(copy, *self.on(ray_address), "data.preprocess.tasks=6")
         worker = wait_for(self.worker, process)
         worker.kill()
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=900)
         assert process.returncode == 0, output
         assert checksums(copy) == checksums(finished)
 
@@ -176,7 +176,7 @@ class TestSlurm:
         name = slurm_commands.directives(job)["job-name"]
         assert process.stdout.readline() == f"Slurm is still at work on {name}.\n"
         (copy / "go").touch()
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=900)
         assert checksums(copy) == checksums(finished)
         assert [slurm_commands.directives(job)["job-name"].split("-")[1] for job in slurm_commands.jobs(slurm)] == [
             "clean",

@@ -143,7 +143,7 @@ def type_in(folder: Path, typed: str, *more: str, status: int = 0, standard_inpu
         input=standard_input,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert result.returncode == status, f"{typed}\n{result.stdout}{result.stderr}"

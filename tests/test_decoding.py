@@ -308,4 +308,4 @@ load_for_generation("latest", load_config([], []))
 assert len(step.signatures) == 1
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=900)

@@ -161,7 +161,7 @@ def run_python(folder: Path, *arguments: str) -> None:
         [sys.executable, *arguments],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
+        timeout=900,
         capture_output=True,
         text=True,
     )

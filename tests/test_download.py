@@ -561,13 +561,13 @@ class TestCommand:
 
     def test_a_killed_download_goes_on_at_the_byte(self, hub: HubServer) -> None:
         path, body, part, first = self.interrupted(hub, signal.SIGKILL)
-        first.communicate(timeout=60)
+        first.communicate(timeout=900)
         assert not Path("corpus/raw/tinystories").exists()
         size = part.stat().st_size
         assert 900_000 <= size < len(body)
         hub.requests.clear()
         again = self.start()
-        output, error = again.communicate(timeout=60)
+        output, error = again.communicate(timeout=900)
         assert again.returncode == 0, error
         assert "3,150 documents" in output
         asked = [request for request in hub.bodies(path) if "if-range" in request.headers]
@@ -578,7 +578,7 @@ class TestCommand:
 
     def test_ctrl_c_says_how_to_go_on(self, hub: HubServer) -> None:
         _, _, part, process = self.interrupted(hub, signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=900)
         assert process.returncode == 1 and "Traceback" not in error
         assert "Type the same command again to continue" in error
         assert part.stat().st_size > 900_000

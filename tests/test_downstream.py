@@ -247,7 +247,7 @@ def test_two_processes_find_what_one_does(folder: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = command("scripts/eval.py", "--tasks", names, "--include-path", str(folder / "tasks"), *EXACT)[1:]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *script], cwd=folder, env=environment, capture_output=True, timeout=300)
+    done = subprocess.run([*launcher, *script], cwd=folder, env=environment, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr.decode()
     together = read_results(path)
     for name in NAMES:

@@ -359,7 +359,7 @@ class TestCommand:
                 env=environment,
                 capture_output=True,
                 text=True,
-                timeout=300,
+                timeout=900,
             )
             assert done.returncode == 0, done.stderr
         else:

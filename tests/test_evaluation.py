@@ -336,7 +336,7 @@ def test_two_processes_find_what_one_does(workspace: Workspace) -> None:
     path.unlink()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = command("scripts/eval.py", *options)[1:]
-    done = subprocess.run([*launcher, *script], cwd=workspace.folder, env=environment, capture_output=True, timeout=300)
+    done = subprocess.run([*launcher, *script], cwd=workspace.folder, env=environment, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr.decode()
     together = json.loads(path.read_text())
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-6)

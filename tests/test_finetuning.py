@@ -505,7 +505,7 @@ def command(folder: Path, *arguments: str, script: str = "scripts/finetune.py") 
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -698,7 +698,7 @@ class TestCommand:
             if line.startswith("step 3/"):
                 break
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=900)
         assert process.returncode == 130
         found = re.search(r"Go on with: python scripts/finetune.py --resume (checkpoints/finetuned/\S+.pt)", output)
         assert found is not None

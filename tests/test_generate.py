@@ -47,7 +47,7 @@ def test_the_command_writes_prompt_and_continuation(workspace: Workspace) -> Non
         cwd=workspace.folder,
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     text = continuation(workspace, workspace.tokenizer.encode(PROMPT))
@@ -203,7 +203,7 @@ def test_ctrl_c_while_a_prompt_is_continued_ends_the_command_with_130(workspace:
     assert process.stdout is not None
     process.stdout.read(len(PROMPT) + 50)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 130
     assert b"Traceback" not in errors
 

@@ -104,7 +104,7 @@ def write(folder: Path, kind: str = "Llama", dtype: torch.dtype = torch.float32,
 def run_import(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts/import.py"), *map(str, arguments)]
     whole = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(command, cwd=cwd, env=whole, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=whole, capture_output=True, text=True, timeout=900)
 
 
 LLAMA3 = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **SCALING}}

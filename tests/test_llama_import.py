@@ -102,7 +102,7 @@ def test_a_text_names_the_token_that_it_is_within_a_sentence(tmp_path: Path) -> 
 def test_a_tokenizer_model_that_is_converted_wrongly_is_refused_with_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="other ids than it for .* python -c") as refused:
         bring_in(tmp_path, "model", "Mistral", sliding_window=None)
-    subprocess.run([sys.executable, "-c", str(refused.value).split('"')[1]], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", str(refused.value).split('"')[1]], check=True, timeout=900)
     import_module("scripts.import").import_model(str(tmp_path / "theirs"), output=tmp_path / "ours")
     ours = load_tokenizer(tmp_path / "ours/tokenizer")
     theirs = sentencepiece.SentencePieceProcessor(model_proto=sentence_piece())

@@ -38,7 +38,7 @@ def command(folder: Path, name: str, *arguments: str, **options: Any) -> subproc
         cwd=folder,
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=900,
         **options,
     )
 
@@ -232,7 +232,7 @@ def kill_when(folder: Path, tasks: int) -> bool:
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=120)
     assert not alive
     return process.returncode == -signal.SIGKILL
 
@@ -439,8 +439,8 @@ class TestBadInput:
             time.sleep(0.002)
         children = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
-        _, alive = psutil.wait_procs(children, timeout=60)
+        _, errors = process.communicate(timeout=900)
+        _, alive = psutil.wait_procs(children, timeout=120)
         assert not alive
         assert process.returncode == 1
         assert errors.strip() == "error: Stopped. Type the same command again to continue."

@@ -223,7 +223,7 @@ class TestStreaming:
         first.kill()
         first.wait()
         again = start("preprocess.py")
-        _, error = again.communicate(timeout=120)
+        _, error = again.communicate(timeout=900)
         assert again.returncode == 0, error
         for name in ("train.bin", "train.index", "val.bin", "val.index"):
             assert Path("corpus/tokens", name).read_bytes() == Path("fetched/tokens", name).read_bytes()

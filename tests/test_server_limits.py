@@ -209,7 +209,7 @@ class TestWhatItRefusesToStartWith:
             cwd=folder,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=900,
         )
         assert (done.returncode, done.stdout) == (1, "")
         [line] = done.stderr.splitlines()

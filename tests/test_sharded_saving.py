@@ -196,7 +196,7 @@ def python(folder: Path, program: str, *arguments: str, launcher: tuple[str, ...
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, f"{arguments}: {done.stderr}"
     return done.stdout

@@ -360,7 +360,7 @@ class TestProcesses:
         texts = corpus() * 3
         expected = lists(tokenizer.encode_batch(texts))
         with multiprocessing.get_context(method).Pool(1) as pool:
-            assert pool.apply_async(encode_in_worker, (tokenizer, texts)).get(timeout=300) == expected
+            assert pool.apply_async(encode_in_worker, (tokenizer, texts)).get(timeout=900) == expected
 
     def test_a_saved_tokenizer_is_pickled_as_its_folder(self, tokenizer: Tokenizer) -> None:
         pickled = pickle.dumps(tokenizer)
@@ -507,7 +507,7 @@ class TestCommand:
 
     def test_trains_reports_and_says_what_is_next(self, folder: Path) -> None:
         line = [sys.executable, str(ROOT / COMMAND), "--config", "recipe.yaml"]
-        first = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300)
+        first = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=900)
         assert (first.returncode, first.stderr) == (0, "")
         lines = first.stdout.splitlines()
         assert lines[-1] == "Next: python data/preprocess.py --config recipe.yaml"
