@@ -137,9 +137,9 @@ class TestLoss:
         """From the first layer to the optimizer; Muon would on a CPU alone, where it costs nothing."""
         read: list[str] = []
 
-        class Watch(TorchDispatchMode):
+        class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             def __init__(self) -> None:
-                super().__init__()
+                super().__init__()  # type: ignore[no-untyped-call]
                 self.begun = False
 
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
