@@ -42,6 +42,8 @@ BEFORE: dict[str, Any] = {
         },
     },
     "generation": {
+        "stop_tokens": [],
+        "context": "auto",
         "precision": "auto",
         "quantize": "none",
         "compile": False,

@@ -154,6 +154,8 @@ class GenerationConfig(Section):
     json_schema: str | None
     regex: str | None
     stop: list[str]
+    stop_tokens: list[Annotated[int, Field(ge=0)] | str]
+    context: Literal["auto", "slide", "stop"]
     seed: int | None
     num_samples: PositiveInt
     beams: PositiveInt

@@ -116,6 +116,7 @@ class BeamSearch:
     def _begin(self, place: int, request: Request) -> _Search:
         check_bias(request.sampling.logit_bias, self._tokenizer.vocab_size)
         ids = request.begin(self._tokenizer)
+        request.check_room(len(ids), self._context)
         ids = ids[window_start(len(ids) + 1, self._context) :]
         limit = min(request.max_new_tokens, self._context - len(ids))
         progress = None if request.constraint is None else request.constraint.begin()

@@ -61,6 +61,13 @@ class Request:
         """The tokens that end the text."""
         return frozenset((*tokenizer.ending_ids, *self.stop_tokens))
 
+    def check_room(self, tokens: int, context_length: int) -> None:
+        """Raise `UserError` where a prompt of so many tokens leaves a text which must not slide no room."""
+        if self.context == "stop" and tokens >= context_length:
+            raise UserError(
+                f"The prompt has {tokens:,} tokens; the model sees {context_length:,} at once, the answer included."
+            )
+
     def writing(self, tokenizer: Tokenizer) -> Writing:
         """The text, with nothing written yet."""
         return Writing(tokenizer, self.stop, self.ends(tokenizer), self.is_own_text(tokenizer))
@@ -149,11 +156,7 @@ class Engine:
         room, or a bias of tokens that are none.
         """
         ids = request.begin(self._tokenizer)
-        context = self._model.config.context_length
-        if request.context == "stop" and len(ids) >= context:
-            raise UserError(
-                f"The prompt has {len(ids):,} tokens; the model sees {context:,} at once, the answer included."
-            )
+        request.check_room(len(ids), self._model.config.context_length)
         if self._queue_limit is not None and len(self._waiting) - self._slots.free >= self._queue_limit:
             raise QueueFull(f"{len(self._waiting):,} requests are waiting already. Try again later.")
         sequence = _Sequence(

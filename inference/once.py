@@ -47,7 +47,7 @@ def write_once(
         stop_tokens = chat_stop_tokens(tokenizer)
     else:
         ids = [*tokenizer.prefix_ids, *tokenizer.encode(text)]
-    if len(ids) > context:
+    if len(ids) > context and settings.context != "stop":
         print(
             f"note: the prompt has {len(ids):,} tokens, the model sees {context:,} at once: the beginning is cut off.",
             file=sys.stderr,

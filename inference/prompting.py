@@ -38,7 +38,7 @@ def make_requests(
 ) -> list[Request]:
     """A request for each of `settings.num_samples` samples of one prompt; their seeds are seed, seed + 1 and so on.
 
-    The settings must be such as `with_token_ids` gives; the rest is as in `Request`.
+    The settings must be such as `with_token_ids` gives; `stop_tokens` are besides theirs; the rest is as in `Request`.
     """
     sampling = SamplingSettings(
         temperature=settings.temperature,
@@ -58,7 +58,8 @@ def make_requests(
             sampling,
             seed + sample,
             tuple(settings.stop),
-            tuple(stop_tokens),
+            (*stop_tokens, *stop_ids_of(settings)),
+            "stop" if settings.context == "stop" else "slide",
             logprobs=logprobs,
             constraint=constraint,
             answer=answer,
@@ -74,6 +75,11 @@ def check_beams(settings: GenerationConfig, given: Collection[str] = ()) -> None
     """
     if settings.beams == 1:
         return
+    if settings.context == "slide":
+        raise UserError(
+            "generation.context: the texts of a beam search end where the context is full. Leave it out (or set it to "
+            "stop), or set beams to 1."
+        )
     shipped = load_config().generation
     for key, off in _DRAWING.items():
         value = getattr(settings, key)
@@ -124,18 +130,23 @@ def _read_schema(path: str) -> str:
 
 
 def with_token_ids(settings: GenerationConfig, tokenizer: Tokenizer) -> GenerationConfig:
-    """The settings with the ids of the tokens that `logit_bias` names by their text.
+    """The settings with the ids of the tokens that `logit_bias` and `stop_tokens` name by their text.
 
     Raises `UserError` for a text that is not one token, an id that is none, and a token that is named twice.
     """
     bias: dict[int | str, float] = {}
     for name, value in settings.logit_bias.items():
-        token = name if isinstance(name, int) else _token_of(name, tokenizer)
+        token = _token_of("logit_bias", name, tokenizer)
         if token in bias:
             raise UserError(f"logit_bias: token {token} is named twice, the second time as {name!r}.")
         bias[token] = value
-    resolved = settings.model_copy(update={"logit_bias": bias})
+    stops = [_token_of("stop_tokens", name, tokenizer) for name in settings.stop_tokens]
+    resolved = settings.model_copy(update={"logit_bias": bias, "stop_tokens": stops})
     check_bias(bias_of(resolved), tokenizer.vocab_size)
+    if (unknown := max(stops, default=0)) >= tokenizer.vocab_size:
+        raise UserError(
+            f"stop_tokens: there is no token {unknown}; this vocabulary has 0 to {tokenizer.vocab_size - 1}."
+        )
     return resolved
 
 
@@ -144,13 +155,21 @@ def bias_of(settings: GenerationConfig) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), value) for token, value in settings.logit_bias.items())
 
 
-def _token_of(text: str, tokenizer: Tokenizer) -> int:
+def stop_ids_of(settings: GenerationConfig) -> tuple[int, ...]:
+    """The stop tokens as a request has them, of settings with ids."""
+    return tuple(int(token) for token in settings.stop_tokens)
+
+
+def _token_of(key: str, text: int | str, tokenizer: Tokenizer) -> int:
+    """The id of a token that the setting `key` names."""
+    if isinstance(text, int):
+        return text
     ids = tokenizer.encode(text, allow_special=True, continued=True)
     if len(ids) == 1:
         return ids[0]
     texts = [tokenizer.decode_bytes([token]).decode(errors="replace") for token in ids[:8]]
     parts = ", ".join(f"{name!r} ({token})" for name, token in zip(texts, ids))
-    raise UserError(f"logit_bias: {text!r} is not one token of this vocabulary, but {parts or 'none'}. Name one.")
+    raise UserError(f"{key}: {text!r} is not one token of this vocabulary, but {parts or 'none'}. Name one.")
 
 
 def seed_of(settings: GenerationConfig) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from config.command import Overrides, PrintConfig, Recipe, resolve, run
 from config.errors import UserError
@@ -47,6 +50,13 @@ LengthPenalty = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End where this appears; may be repeated.")]
+StopToken = Annotated[
+    list[str] | None, typer.Option(metavar="TOKEN", help="End at this token, by text or id; may be repeated.")
+]
+Context = Annotated[
+    str | None,
+    typer.Option(metavar="slide|stop", help="Where the model's context is full: go on with the newest part, or end."),
+]
 Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to run.")]
 Quantize = Annotated[
     str | None, typer.Option(metavar="none|int8|int4", help="Weights in fewer bits: faster on a CPU, less exact.")
@@ -86,6 +96,8 @@ def generate(
     length_penalty: LengthPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    stop_token: StopToken = None,
+    context: Context = None,
     device: Device = None,
     quantize: Quantize = None,
     chat: Chat = None,
@@ -109,20 +121,21 @@ def generate(
         "generation.presence_penalty": presence_penalty,
         "generation.frequency_penalty": frequency_penalty,
         "generation.logit_bias": _biases(logit_bias) if logit_bias else None,
-        "generation.json_schema": None if json_schema is None else json.dumps(json_schema),
-        "generation.regex": None if regex is None else json.dumps(regex),
+        "generation.json_schema": None if json_schema is None else _literal(json_schema),
+        "generation.regex": None if regex is None else _literal(regex),
         "generation.max_new_tokens": max_new_tokens,
         "generation.num_samples": num_samples,
         "generation.beams": beams,
         "generation.length_penalty": length_penalty,
         "generation.seed": seed,
+        "generation.stop": _literal(stop) if stop else None,
+        "generation.stop_tokens": _literal([_token(name) for name in stop_token]) if stop_token else None,
+        "generation.context": context,
         "training.device": device,
         "generation.quantize": quantize,
     }
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     config = resolve(recipe, [*(overrides or []), *given], print_config)
-    if stop:
-        config = config.model_copy(update={"generation": config.generation.model_copy(update={"stop": stop})})
     if probabilities and config.generation.beams > 1:
         raise UserError("--probabilities shows those of drawn texts, not of a beam search. Leave it out, or --beams.")
     text = _read_prompt(prompt, prompt_file)
@@ -169,10 +182,26 @@ def _biases(options: list[str]) -> str:
             bias = math.nan
         if not name or math.isnan(bias):
             raise UserError(f"--logit-bias {option}: give a token and a number, such as 50=-2 or ' the=1'.")
-        quoted = len(name) > 2 and name[0] == name[-1] == '"'
-        text = json.dumps(name[1:-1] if quoted else name, ensure_ascii=False)
-        biases.append(f"{name if name.isdecimal() else text}: {bias}")
+        biases.append(f"{json.dumps(_token(name), ensure_ascii=False)}: {bias}")
     return f"{{{', '.join(biases)}}}"
+
+
+def _token(name: str) -> int | str:
+    """A token as an option names it: its id, or its text, which may be quoted."""
+    quoted = len(name) > 2 and name[0] == name[-1] == '"'
+    return int(name) if name.isdecimal() else name[1:-1] if quoted else name
+
+
+def _literal(value: str | Sequence[int | str]) -> str:
+    """YAML of a text or several just as they are: what looks like an interpolation is none."""
+    if isinstance(value, str):
+        return yaml.safe_dump(_escaped(value), default_style='"', width=math.inf).strip()
+    escaped = [_escaped(one) if isinstance(one, str) else one for one in value]
+    return yaml.safe_dump(escaped, default_flow_style=True, width=math.inf).strip()
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _read_prompt(prompt: str | None, path: Path | None) -> str | None:

@@ -13,7 +13,7 @@ from config.schema import GenerationConfig
 from data.tokenization.chat import encode_messages
 from inference.constraints import Constraint, json_object, json_schema
 from inference.engine import Request
-from inference.prompting import bias_of, chat_stop_tokens
+from inference.prompting import bias_of, chat_stop_tokens, stop_ids_of
 from inference.sampling import SamplingSettings
 from inference.server.answers import ChatFormat, Format, ModelCard, TextFormat
 from inference.server.errors import ApiError, invalid
@@ -161,14 +161,20 @@ def _task(
     first = secrets.randbits(63) if seed is None else seed
     sampling, form = sampling_of(body, served), _form(body, served.tokenizer)
     stops = tuple(settings.stop if body.stops is None else body.stops)
+    own_ends = stop_ids_of(settings) if body.stop_token_ids is None else body.stop_token_ids
+    if (unknown := max(own_ends, default=0)) >= served.tokenizer.vocab_size:
+        raise invalid(
+            "stop_token_ids", f"there is no token {unknown:,}; the vocabulary has {served.tokenizer.vocab_size:,}"
+        )
+    context, slides = served.card.context_length, settings.context == "slide"
     requests = [
         Request(
             prompt=ids,
-            max_new_tokens=min(wanted, served.card.context_length - len(ids)),
+            max_new_tokens=wanted if slides else min(wanted, context - len(ids)),
             sampling=sampling,
             seed=first + choice,
             stop=stops,
-            stop_tokens=stop_tokens,
+            stop_tokens=(*stop_tokens, *own_ends),
             logprobs=body.alternatives,
             constraint=form,
             answer=isinstance(body, ChatBody),

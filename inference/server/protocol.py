@@ -80,6 +80,8 @@ class GenerationBody(Body):
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(max_length=64)] | None = None
+    """Tokens that end a text, besides the model's own; they are no part of it. Not in OpenAI's interface."""
     seed: Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     """The same seed and settings give the same text. Of several choices, choice i has seed + i."""
     temperature: Annotated[Number, Field(ge=0.0, le=2.0)] | None = None
