@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -188,11 +190,17 @@ def chat_prompt(
     system, turns = list(messages[:1]), list(messages[1:])
     if messages[0]["role"] != "system":
         system, turns = [], list(messages)
-    while True:
-        ids, _ = encode_messages(tokenizer, [*system, *turns], add_generation_prompt=True)
-        if len(ids) + room <= context_length or len(turns) <= 1:
-            return ids, len(messages) - len(system) - len(turns)
-        turns = turns[2:] if len(turns) > 2 else turns[1:]
+
+    @cache
+    def encoded(left_out: int) -> list[int]:
+        return encode_messages(tokenizer, [*system, *turns[left_out:]], add_generation_prompt=True)[0]
+
+    if len(encoded(0)) + room <= context_length or not turns:
+        return encoded(0), 0
+    newest = len(turns) - 1
+    choices = [*range(2, newest, 2), newest]  # a question goes with its answer
+    place = bisect_left(choices[:-1], True, key=lambda left_out: len(encoded(left_out)) + room <= context_length)
+    return encoded(choices[place]), choices[place]
 
 
 def chat_stop_tokens(tokenizer: Tokenizer) -> list[int]:

@@ -443,6 +443,37 @@ class TestChat:
         assert dropped == 4
         assert least == encode_messages(tokenizer, [system, turns[4]], add_generation_prompt=True)[0]
 
+    def test_of_a_long_conversation_as_few_messages_go_as_can(
+        self, chatty: Workspace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        talk = [{"role": ("user", "assistant")[n % 2], "content": f"{n} " + "x" * (n * 7 % 11)} for n in range(40)]
+
+        def length(left_out: int) -> int:
+            return len(encode_messages(chatty.tokenizer, talk[left_out:], add_generation_prompt=True)[0])
+
+        lengths = {left_out: length(left_out) for left_out in [*range(0, 40, 2), 39]}
+        calls: list[int] = []
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            calls.append(1)
+            return encode_messages(*arguments, **options)
+
+        monkeypatch.setattr("inference.prompting.encode_messages", counted)
+        for limit in (
+            1,
+            lengths[39],
+            lengths[38],
+            lengths[20] - 1,
+            lengths[20],
+            lengths[2],
+            lengths[0] - 1,
+            lengths[0],
+        ):
+            calls.clear()
+            ids, dropped = chat_prompt(chatty.tokenizer, talk, limit, 0)
+            assert dropped == next((n for n, size in lengths.items() if size <= limit), 39)
+            assert len(ids) == lengths[dropped] and len(calls) <= 7
+
     def test_without_a_chat_template_it_is_refused(self, chatty: Workspace) -> None:
         plain = small_tokenizer('data.tokenizer.special_tokens=["<|endoftext|>"]')
         with pytest.raises(UserError, match="no chat template"):

@@ -120,8 +120,8 @@ class TestCompletion:
         settings: dict[str, Any] = {"max_tokens": 40, "seed": 3, "temperature": 0.9, "top_k": 50, "top_p": 0.8}
         settings |= {"min_p": 0.01, "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.5}
         body = write(page, "The quick", **settings, stop="zzz\na\\nb")
-        stream = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": 5}
-        assert body == {"prompt": "The quick", "stop": ["zzz", "a\nb"], **stream, **settings}
+        always = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": 5, "truncation": "auto"}
+        assert body == {"prompt": "The quick", "stop": ["zzz", "a\nb"], **always, **settings}
         whole = server.post("/v1/completions", {"prompt": "The quick", **settings}).json()["choices"][0]
         assert answer(page) == whole["text"]
         assert "".join(page.locator(".token").all_text_contents()) == whole["text"]
@@ -135,6 +135,7 @@ class TestCompletion:
             "prompt",
             "max_tokens",
             "logprobs",
+            "truncation",
             "stream",
             "stream_options",
         }
@@ -206,6 +207,21 @@ class TestCompletion:
         page.click("#clear")
         assert page.locator("article").count() == 0
 
+    def test_continue_goes_on_with_the_newest_part(self, open_page: Open, server: Server, workspace: Workspace) -> None:
+        page = open_page()
+        settings: dict[str, Any] = {"max_tokens": 40, "temperature": 0}
+        write(page, "x" * (CONTEXT - 45), **settings)
+        before = "x" * (CONTEXT - 45) + answer(page)
+        ids = workspace.tokenizer.encode(before)
+        assert CONTEXT - 40 < len(ids)
+        expect(page.locator("article footer")).not_to_contain_text("left out")
+        page.click("text=Continue")
+        expect(page.locator("article")).to_have_count(2)
+        finished(page)
+        expect(page.locator("article footer").last).to_contain_text("the beginning of the text was left out")
+        newest = server.post("/v1/completions", {"prompt": ids[40 - CONTEXT :], **settings}).json()["choices"][0]
+        assert page.locator(".prompt").last.text_content() == before and answer(page) == newest["text"] != ""
+
     def test_a_reload_brings_it_back(self, open_page: Open) -> None:
         page = open_page()
         write(page, "The quick", max_tokens=9, stop="never")
@@ -234,6 +250,26 @@ class TestChat:
         page.locator("text=Regenerate").first.click()
         finished(page)
         assert page.locator(".prompt").all_text_contents() == ["Who jumps?"], "what came after has gone"
+
+    def test_a_conversation_longer_than_the_context_goes_on(self, open_page: Open, server: Server) -> None:
+        page = open_page()
+        settings: dict[str, Any] = {"max_tokens": 200, "seed": 3}
+        said = [{"role": "system", "content": "Be brief."}]
+        for number in range(4):
+            prompt = f"{number} " + "x" * 700
+            write(page, prompt, "chat", system="Be brief.", **settings)
+            assert answer(page)
+            said += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer(page)}]
+        assert page.locator("article .failure:visible").count() == 0
+        notes = page.locator("article footer p").all_text_contents()
+        assert [note.endswith("; the beginning of the conversation was left out") for note in notes] == [
+            *[False, False],
+            *[True, True],
+        ]
+        body = {"messages": [said[0], *said[5:-1]], **settings}
+        alone = server.post("/v1/chat/completions", body).json()
+        assert alone["choices"][0]["message"]["content"] == answer(page)
+        assert alone["usage"]["completion_tokens"] == int(notes[-1].split()[0]) > 1
 
 
 class TestWhatIsSaidIsText:
@@ -337,10 +373,10 @@ class TestLooks:
 class TestErrors:
     def test_a_prompt_that_is_too_long(self, open_page: Open) -> None:
         page = open_page(complaint="status of 400 (Bad Request)")
-        write(page, "The quick " * CONTEXT)
+        write(page, "The quick " * CONTEXT, "chat")
         expect(page.locator("article .failure")).to_contain_text("maximum context length is 2,048 tokens")
         page.click("text=Edit")
-        assert write(page, "The", max_tokens=2)["prompt"] == "The", "the page goes on"
+        assert write(page, "The", "chat", max_tokens=2)["messages"][-1]["content"] == "The", "the page goes on"
         expect(page.locator("article footer")).to_contain_text("2 tokens")
 
     def test_a_server_that_is_gone(self, open_page: Open) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from socket import socket
 from typing import Any
 
-import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -19,7 +18,7 @@ from tests.workspace import Workspace
 
 PROMPT = "The quick brown"
 CONTEXT = 32
-Post = Callable[..., httpx.Response]
+Post = Callable[..., Any]
 Asked = Callable[[Post], None]
 
 
@@ -31,7 +30,7 @@ def asked(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         def answer(app: FastAPI, service: Service, listener: socket, grace: float) -> None:
             with TestClient(app, base_url="http://localhost") as http:
 
-                def post(path: str = "completions", **body: Any) -> httpx.Response:
+                def post(path: str = "completions", **body: Any) -> Any:
                     return http.post(f"/v1/{path}", json=body)
 
                 ask_all(post)
@@ -49,7 +48,7 @@ def written(workspace: Workspace, prompt: list[int], count: int, **options: Any)
     return [piece.token for piece in Engine(workspace.model, workspace.tokenizer).generate([request])]
 
 
-def text_of(answer: httpx.Response) -> str:
+def text_of(answer: Any) -> str:
     assert answer.status_code == 200, answer.text
     text: str = answer.json()["choices"][0]["text"]
     return text
@@ -88,3 +87,45 @@ class TestEnds:
             assert refused.json()["error"]["code"] == "context_length_exceeded"
 
         asked(ask_all, f"generation.context={context}")
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    """A conversation after the system message `contents[0]`."""
+    roles = ["system", *(["user", "assistant"] * len(contents))]
+    return [{"role": role, "content": content} for role, content in zip(roles, contents)]
+
+
+class TestTruncation:
+    def test_the_oldest_messages_of_a_conversation_go(self, asked: Callable[..., None]) -> None:
+        settings: dict[str, Any] = {"max_tokens": 16, "seed": 3, "path": "chat/completions"}
+        whole = turns(*"abcdefgh")
+
+        def ask_all(post: Post) -> None:
+            answer = post(messages=whole, truncation="auto", **settings).json()
+            alone = post(messages=turns(*"afgh"), truncation="auto", **settings).json()
+            assert (answer["truncated"], alone["truncated"]) == (True, False)
+            assert (answer["choices"], answer["usage"]) == (alone["choices"], alone["usage"])
+            assert (
+                answer["usage"]["prompt_tokens"] == 13
+            ), "3 a message, and one for the answer, within half the context"
+            parts = post(messages=whole, truncation="auto", stream=True, **settings).text
+            assert parts.count('"truncated":true') == parts.count("data: {")
+            assert "truncated" not in post(messages=turns(*"ab"), stream=True, **settings).text
+            refused = post(messages=turns(*"abcdefghijkl"), **settings)
+            assert refused.json()["error"]["code"] == "context_length_exceeded"
+            refused = post(messages=turns("a", "b", "c", PROMPT * 20), truncation="auto", **settings)
+            assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+        asked(ask_all, chat=True)
+
+    def test_of_another_prompt_the_newest_tokens_stay(self, workspace: Workspace, asked: Callable[..., None]) -> None:
+        ids = [40 + place for place in range(50)]
+
+        def ask_all(post: Post) -> None:
+            for wanted, room in ((5, 20), (15, CONTEXT - 15), (100, CONTEXT // 2)):
+                answer = post(prompt=[ids, ids[:3]], max_tokens=wanted, seed=3, truncation="auto").json()
+                assert answer["truncated"] and answer["usage"]["prompt_tokens"] == room + 3
+                tokens = written(workspace, ids[-room:], min(wanted, CONTEXT - room))
+                assert answer["choices"][0]["text"] == workspace.tokenizer.decode(tokens)
+
+        asked(ask_all, max_prompt_tokens=20)

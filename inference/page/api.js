@@ -30,17 +30,18 @@ export async function servedModel() {
   return (await (await ask("v1/models")).json()).data[0];
 }
 
-// Yields {text, tokens, finish, usage}; a token is {bytes, logprob, top: [[text, logprob], ...]}.
+// Yields {text, tokens, finish, usage, truncated}; a token is {bytes, logprob, top: [[text, logprob], ...]}.
 export async function* generate(mode, body, signal) {
   const path = mode === "chat" ? "v1/chat/completions" : "v1/completions";
-  const whole = { ...body, stream: true, stream_options: { include_usage: true } };
+  const whole = { ...body, truncation: "auto", stream: true, stream_options: { include_usage: true } };
   const headers = { "content-type": "application/json" };
   const response = await ask(path, { method: "POST", headers, body: JSON.stringify(whole), signal });
   for await (const chunk of events(response)) {
     if (chunk.error) throw new Refused(chunk.error.message, 0);
     const choice = chunk.choices[0] ?? {};
     const text = choice.delta?.content ?? choice.text ?? "";
-    yield { text, tokens: tokensOf(choice.logprobs), finish: choice.finish_reason, usage: chunk.usage };
+    const { usage, truncated } = chunk;
+    yield { text, tokens: tokensOf(choice.logprobs), finish: choice.finish_reason, usage, truncated };
   }
 }
 

@@ -126,11 +126,12 @@ async function fill(turn, view, made) {
   refresh();
   scroll(true);
   const started = performance.now();
-  let [finish, usage] = [null, null];
+  let [finish, usage, truncated] = [null, null, false];
   try {
     for await (const part of generate(mode, bodyOf(turn, made), running.signal)) {
       finish ??= part.finish;
       usage ??= part.usage;
+      truncated ||= part.truncated;
       const atEnd = main.scrollHeight - main.scrollTop - main.clientHeight < 60;
       answer.add(part);
       view.update();
@@ -145,6 +146,7 @@ async function fill(turn, view, made) {
       if (error.status === 401) askForKey(error.message);
     }
   }
+  if (truncated) answer.note += `; the beginning of the ${mode === "chat" ? "conversation" : "text"} was left out`;
   answer.end();
   running = null;
   view.update();

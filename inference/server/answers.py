@@ -94,6 +94,8 @@ class Answer(BaseModel):
     created: int
     model: str
     system_fingerprint: str
+    truncated: bool = False
+    """Whether the beginning of a prompt was left out. Not in OpenAI's interface; chunks have it where it is true."""
 
 
 class TextChoice(BaseModel):
@@ -182,7 +184,7 @@ class Written:
             self.likelihoods = [*(self.likelihoods or []), *trail.follow(piece)]
 
 
-def _head(prefix: str, kind: str, model: str, system_fingerprint: str) -> dict[str, Any]:
+def _head(prefix: str, kind: str, model: str, system_fingerprint: str, truncated: bool) -> dict[str, Any]:
     """The fields that all chunks of an answer have; `object` among them, as chunks hold only what is set."""
     return {
         "object": kind,
@@ -190,6 +192,7 @@ def _head(prefix: str, kind: str, model: str, system_fingerprint: str) -> dict[s
         "created": int(time.time()),
         "model": model,
         "system_fingerprint": system_fingerprint,
+        **({"truncated": True} if truncated else {}),
     }
 
 
@@ -210,11 +213,11 @@ class Format(Protocol):
 
 
 class ChatFormat:
-    """/v1/chat/completions."""
+    """/v1/chat/completions; `truncated` as in `Answer`."""
 
-    def __init__(self, model: str, system_fingerprint: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: str, system_fingerprint: str, tokenizer: Tokenizer, truncated: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._head = _head("chatcmpl", "chat.completion.chunk", model, system_fingerprint)
+        self._head = _head("chatcmpl", "chat.completion.chunk", model, system_fingerprint, truncated)
 
     def begin(self, index: int) -> BaseModel:
         """The chunk that says who speaks."""
@@ -253,11 +256,21 @@ class ChatFormat:
 
 
 class TextFormat:
-    """/v1/completions; `echoes` are the prompts to put before what is written, one for each choice."""
+    """/v1/completions; `echoes` are the prompts to put before what is written, one for each choice.
 
-    def __init__(self, model: str, system_fingerprint: str, tokenizer: Tokenizer, echoes: Sequence[str] | None) -> None:
+    `truncated` as in `Answer`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        system_fingerprint: str,
+        tokenizer: Tokenizer,
+        echoes: Sequence[str] | None,
+        truncated: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
-        self._head = _head("cmpl", "text_completion", model, system_fingerprint)
+        self._head = _head("cmpl", "text_completion", model, system_fingerprint, truncated)
         self._echoes = echoes
 
     def begin(self, index: int) -> BaseModel | None:

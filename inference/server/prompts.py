@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from config.errors import UserError
 from config.schema import GenerationConfig
-from data.tokenization.chat import encode_messages
 from inference.constraints import Constraint, json_object, json_schema
 from inference.engine import Request
-from inference.prompting import bias_of, chat_stop_tokens, stop_ids_of
+from inference.prompting import bias_of, chat_prompt, chat_stop_tokens, stop_ids_of
 from inference.sampling import SamplingSettings
 from inference.server.answers import ChatFormat, Format, ModelCard, TextFormat
 from inference.server.errors import ApiError, invalid
@@ -91,7 +91,9 @@ def unknown_model(name: str, served: Served) -> ApiError:
 def completion_task(body: CompletionBody, served: Served) -> Task:
     """What /v1/completions asks for. Takes a while for long prompts: not to be called in the event loop."""
     tokenizer = served.tokenizer
-    prompts, echoes = [], []
+    wanted = _wanted(body.max_tokens, "max_tokens", served)
+    room = _room(body, wanted, served)
+    prompts, echoes, truncated = [], [], False
     for prompt in body.prompts:
         try:
             ids = [*tokenizer.prefix_ids, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
@@ -99,10 +101,12 @@ def completion_task(body: CompletionBody, served: Served) -> Task:
             raise invalid("prompt", str(error).rstrip(".")) from error
         if (unknown := max(ids, default=0)) >= tokenizer.vocab_size:
             raise invalid("prompt", f"there is no token {unknown:,}; the vocabulary has {tokenizer.vocab_size:,}")
+        if room is not None and len(ids) > room:
+            ids, truncated = _newest(ids, room, tokenizer.prefix_ids), True
         prompts.append(_checked(ids or [tokenizer.end_of_text_id], "prompt", served))
         echoes += [prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=True)] * body.n
-    answer = TextFormat(served.card.id, served.fingerprint, tokenizer, echoes if body.echo else None)
-    return _task(body, served, prompts, [], body.max_tokens, "max_tokens", answer)
+    answer = TextFormat(served.card.id, served.fingerprint, tokenizer, echoes if body.echo else None, truncated)
+    return _task(body, served, prompts, [], wanted, answer)
 
 
 def chat_task(body: ChatBody, served: Served) -> Task:
@@ -113,17 +117,44 @@ def chat_task(body: ChatBody, served: Served) -> Task:
             "fine-tune it with scripts/finetune.py, or start the server with --chat."
         )
         raise ApiError(400, message, "chat_not_supported", "model")
-    try:
-        messages = [message.plain() for message in body.messages]
-        ids, _ = encode_messages(served.tokenizer, messages, add_generation_prompt=True)
-    except UserError as error:
-        raise invalid("messages", str(error).rstrip(".")) from error
     newer = body.max_completion_tokens is not None
     asked = body.max_completion_tokens if newer else body.max_tokens
-    named = "max_completion_tokens" if newer else "max_tokens"
-    answer = ChatFormat(served.card.id, served.fingerprint, served.tokenizer)
+    wanted = _wanted(asked, "max_completion_tokens" if newer else "max_tokens", served)
+    room = _room(body, wanted, served)
+    try:
+        messages = [message.plain() for message in body.messages]
+        ids, left_out = chat_prompt(served.tokenizer, messages, sys.maxsize if room is None else room, 0)
+    except UserError as error:
+        raise invalid("messages", str(error).rstrip(".")) from error
+    answer = ChatFormat(served.card.id, served.fingerprint, served.tokenizer, left_out > 0)
     prompts = [_checked(ids, "messages", served)]
-    return _task(body, served, prompts, chat_stop_tokens(served.tokenizer), asked, named, answer)
+    return _task(body, served, prompts, chat_stop_tokens(served.tokenizer), wanted, answer)
+
+
+def _wanted(asked: int | None, named: str, served: Served) -> int:
+    """How many tokens to write at most, if there is room for them; the field `named` asks for `asked`."""
+    limit, default = served.max_tokens, served.settings.max_new_tokens
+    if asked is None:
+        return min(default, limit or default)
+    if limit is not None and asked > limit:
+        raise invalid(named, f"this server writes {limit:,} tokens at most, {asked:,} were asked for")
+    return asked
+
+
+def _room(body: GenerationBody, wanted: int, served: Served) -> int | None:
+    """How many tokens a prompt may have before its beginning is left out, which leaves half a context or more to write,
+    or all that is `wanted`; None where nothing is to be left out.
+    """
+    if body.truncation == "disabled":
+        return None
+    context = served.card.context_length
+    return min(context - min(wanted, context // 2), served.max_prompt_tokens or context)
+
+
+def _newest(ids: list[int], room: int, prefix: Sequence[int]) -> list[int]:
+    """The end of `ids`, after the `prefix` that begins them, where one does."""
+    kept = list(prefix) if ids[: len(prefix)] == list(prefix) and len(prefix) < room else []
+    return [*kept, *ids[len(ids) - (room - len(kept)) :]]
 
 
 def _checked(ids: list[int], param: str, served: Served) -> list[int]:
@@ -148,15 +179,10 @@ def _task(
     served: Served,
     prompts: Sequence[list[int]],
     stop_tokens: Sequence[int],
-    asked: int | None,
-    named: str,
+    wanted: int,
     answer: Format,
 ) -> Task:
     settings = served.settings
-    limit = served.max_tokens
-    if asked is not None and limit is not None and asked > limit:
-        raise invalid(named, f"this server writes {limit:,} tokens at most, {asked:,} were asked for")
-    wanted = asked if asked is not None else min(settings.max_new_tokens, limit or settings.max_new_tokens)
     seed = body.seed if body.seed is not None else settings.seed
     first = secrets.randbits(63) if seed is None else seed
     sampling, form = sampling_of(body, served), _form(body, served.tokenizer)

@@ -102,6 +102,9 @@ class GenerationBody(Body):
     """What is added to the logits of tokens, by their ids."""
     response_format: Annotated[PlainFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     """The form that what is written keeps to, token by token."""
+    truncation: Literal["auto", "disabled"] = "disabled"
+    """auto: of a prompt that leaves no room to write the beginning is left out; of a conversation it is the oldest
+    messages, but not a system message. The answer then says `truncated`. OpenAI has it for Responses."""
     user: StrictStr | None = None
     """Accepted, not used; so are the fields after it."""
     metadata: dict[str, Any] | None = None
