@@ -83,6 +83,78 @@ def test_all_processes_take_what_fits_in_each() -> None:
     assert process.asked == [0, 0, 0, 0], "here there was room"
 
 
+ROW = 1000
+
+
+class Card:
+    """Stands for the memory of a GPU: `fixed` bytes of a pass, ROW of each sequence, and gradients, if present."""
+
+    def __init__(self, model: Transformer, fixed: int = 0, size: int = 2**40) -> None:
+        self.model, self.fixed, self.size = model, fixed, size
+        self.peak, self.tried = 0, list[int]()
+        model.register_forward_pre_hook(self.run)
+
+    def run(self, _model: object, arguments: tuple[Tensor, ...]) -> None:
+        """Note what a pass takes at its highest moment."""
+        gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+        self.tried.append(len(arguments[0]))
+        self.peak = max(self.peak, self.fixed + ROW * len(arguments[0]) + gradients)
+        if self.peak > self.size:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def forget(self, _device: torch.device) -> None:
+        """Begin to look for the highest moment."""
+        self.peak = 0
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    card = Card(new_transformer())
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: card.peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", card.forget)
+    return card
+
+
+def share_weights(model: Transformer) -> None:
+    """Let `model` pass for one whose weights are sharded."""
+    model.__dict__["reshard"] = lambda: None
+
+
+def fitting_on(card: Card, room: int) -> int:
+    process = Process(0, 1, torch.device("cuda"))
+    return largest_micro_batch(card.model, 24, 32, Precision("fp32", CPU), process, memory=int(room / 0.9) + 1)
+
+
+class TestOnAGpu:
+    def test_a_pass_finds_the_gradients_of_the_one_before(self, card: Card) -> None:
+        """A size whose first pass alone would fit is too large for a step of several."""
+        gradients = sum(parameter.nbytes for parameter in card.model.parameters())
+        assert fitting_on(card, gradients + 8 * ROW) == 8
+        assert card.peak == 0, "what the run is to report is its own"
+
+    @pytest.mark.parametrize("fixed", [0, 5 * ROW])
+    def test_processes_that_share_the_weights_never_run_out_of_memory_in_it(self, card: Card, fixed: int) -> None:
+        """One that did would leave the others in the middle of a collective operation."""
+        gradients = sum(parameter.nbytes for parameter in card.model.parameters())
+        room = gradients + fixed + 11 * ROW
+        card.size, card.fixed = room, fixed
+        assert fitting_on(card, room) == 8 and max(card.tried) == 12, "each for itself"
+        card.tried.clear()
+        share_weights(card.model)
+        assert fitting_on(card, room) == 8 and max(card.tried) == 8
+
+    def test_where_not_even_one_sequence_fits_the_run_ends_without_asking_the_others(self, card: Card) -> None:
+        share_weights(card.model)
+        card.size = ROW // 2
+        process = Crowded(0, 2, torch.device("cuda"))
+        with pytest.raises(UserError, match="Not even one sequence of 32 tokens fits into the memory of cuda"):
+            largest_micro_batch(card.model, 24, 32, Precision("fp32", CPU), process, memory=2**34)
+        assert process.asked == [0], "before the pass"
+
+
 def test_nothing_is_left_behind() -> None:
     model = new_transformer("model.dropout=0.5").train()
     before, random = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
