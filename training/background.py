@@ -36,7 +36,7 @@ class BackgroundWriter:
     def __init__(self, say: Callable[[str], None], descriptors: tuple[int, ...] = ()) -> None:
         self._say = say
         self._descriptors = descriptors
-        self._staging = Staging()
+        self._staging = Staging(say)
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._job: AnyJob | None = None

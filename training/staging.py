@@ -12,7 +12,7 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor, UntypedStorage
 
 from model.checkpoint import write_state, write_tensors
 from training.copying import Copying, prepare
+from training.page_locking import PageLock
 from training.writer import Part
 
 ALIGNMENT = 64  # bytes
@@ -30,10 +31,11 @@ class Staging:
     """Shared memory for one checkpoint, made when first needed and used again for each later one.
 
     `descriptor` stays the same as it grows. On a GPU the memory is page-locked, which lets the copies run at the full
-    speed of the bus. What a call of `lay_out` returned holds until the next call.
+    speed of the bus; `say` is told where it cannot be. What a call of `lay_out` returned holds until the next call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._pages = PageLock(say)
         if hasattr(os, "memfd_create"):
             self.descriptor = os.memfd_create("checkpoint")
         else:
@@ -53,11 +55,9 @@ class Staging:
         self._memory = mmap.mmap(self.descriptor, nbytes)
         self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
         ctypes.memset(self._address, 0, nbytes)
-        self._locked = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+        self._locked = self._pages.lock(self._address, nbytes)
         if not self._locked:
             prepare(nbytes)
-        if self._locked:
-            torch.cuda.cudart().cudaHostRegister(self._address, nbytes, 0)  # type: ignore[no-untyped-call]
 
     def lay_out(self, state: dict[str, Any], stream: torch.cuda.Stream | None = None) -> list[Part]:
         """Copy the tensors of `state`; returns the archive, in which an (offset, bytes) pair stands for shared memory.
@@ -74,7 +74,7 @@ class Staging:
         self.reserve(max(staged_bytes(state) + shares_bytes(tensors), mmap.PAGESIZE))
         self._copying = copying = Copying()
         copies = _Copies(self._memory, copying)
-        with torch.cuda.stream(stream):
+        with self._pages.device(), torch.cuda.stream(stream):
             staged, shares = copies.of(state), [copies.alone(tensor) for tensor in tensors]
         layout, file = (_Layout(self._address, copies.used) for _ in range(2))
         if state is not None:
@@ -97,7 +97,7 @@ class Staging:
 
     def _release(self) -> None:
         if self._locked:
-            torch.cuda.cudart().cudaHostUnregister(self._address)  # type: ignore[no-untyped-call]
+            self._pages.unlock(self._address)
         self._memory, self._locked = None, False
 
 
