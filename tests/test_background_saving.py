@@ -287,7 +287,7 @@ def test_what_is_laid_out_is_the_archive_byte_for_byte(
     """Pieces of a line of the cache, of several, and odd ones; also where two threads copy and meet somewhere."""
     monkeypatch.setattr(copying, "LARGE", 0 if large else 2**40)
     monkeypatch.setattr(copying, "PIECE", 4096)
-    staging = Staging()
+    staging = Staging(print)
     for step in (1, 2):
         weights = torch.randn(900, 777, generator=torch.Generator().manual_seed(step))
         mixed = {
