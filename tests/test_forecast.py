@@ -40,12 +40,28 @@ def test_parameters_as_published(name: str) -> None:
     assert sizes(*(f"model.{word}" for word in shape.split())).parameters == parameters
 
 
-def test_arithmetic_of_gpt3_as_published() -> None:
-    """Brown et al., 2020, table D.1: 3.14e23 for 300B tokens, attention's own products not counted."""
-    shape = "n_layers=96 n_heads=96 d_model=12288 context_length=2048"
-    gpt3 = sizes("model.variant=gpt2-small", *(f"model.{word}" for word in shape.split()))
-    attention = 12 * 96 * 12288 * 2048
-    assert (gpt3.flops_per_token - attention) * 300e9 == pytest.approx(3.14e23, rel=0.01)
+@pytest.mark.parametrize(
+    ("shape", "tokens", "published"),
+    [
+        ("variant=gpt2-small n_layers=96 n_heads=96 d_model=12288 context_length=2048", 300e9, 3.14e23),
+        (
+            "variant=modern-1b vocab_size=128256 n_layers=126 n_heads=128 n_kv_heads=8 d_model=16384 d_ff=53248",
+            15.6e12,
+            3.8e25,
+        ),
+    ],
+    ids=["GPT-3", "Llama 3 405B"],
+)
+def test_arithmetic_as_published(shape: str, tokens: float, published: float) -> None:
+    """Brown et al., 2020, table D.1; Dubey et al., 2024, section 1: attention's own products are not counted."""
+    model = sizes(*(f"model.{word}" for word in shape.split()))
+    attention = 12 * model.model.n_layers * model.model.d_model * model.length
+    assert (model.flops_per_token - attention) * tokens == pytest.approx(published, rel=0.01)
+
+
+def test_arithmetic_of_gpt2_as_published() -> None:
+    """nanoGPT's transformer_sizing.ipynb, by PaLM's formula: GPT-2 without biases on a sequence of 1,024 tokens."""
+    assert sizes("model.variant=gpt2-small", "model.bias=false").flops_per_token * 1024 == 875_062_886_400
 
 
 STEPS = """
@@ -166,6 +182,7 @@ def test_more_rows_more_activations_and_nothing_else() -> None:
         (["cards=8"], "cards=8: say model="),
         (["tokens=many"], "tokens=many"),
         (["model=modern-2b"], "modern-1b"),
+        (["training.tensor_parallel=2"], "training.tensor_parallel=2 is not counted here: leave it out"),
     ],
 )
 def test_bad_words(words: list[str], told: str) -> None:

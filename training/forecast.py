@@ -40,7 +40,7 @@ def read_question(words: Sequence[str], recipes: Sequence[Path] = ()) -> Questio
     """Take `model=modern-1b gpus=64 tokens=20B gpu=h100 mfu=0.4`, and settings such as training.batch_size=512.
 
     Without recipes, the one that is called as the model, if there is one, says how that is trained. Raises `UserError`
-    for a word that is neither, and for a value that is no number or unknown.
+    for a word that is neither, for a value that is no number or unknown, and for tensor parallelism.
     """
     given = {"gpus": "1", "gpu": "h100", "mfu": "0.4"}
     overrides = []
@@ -61,8 +61,14 @@ def read_question(words: Sequence[str], recipes: Sequence[Path] = ()) -> Questio
         near = get_close_matches(given["gpu"].lower(), GPUS, n=1)
         meant = f" Did you mean {near[0]}?" if near else ""
         raise UserError(f"gpu={given['gpu']} is not known here; choose from {', '.join(GPUS)}.{meant}")
+    config = load_config(recipes, overrides)
+    if config.training.tensor_parallel > 1:
+        raise UserError(
+            f"training.tensor_parallel={config.training.tensor_parallel} is not counted here: leave it out, or set it "
+            "to 1, and see what fsdp takes."
+        )
     return Question(
-        config=load_config(recipes, overrides),
+        config=config,
         gpus=int(amount("gpus", given["gpus"])),
         gpu=given["gpu"].lower(),
         tokens=int(amount("tokens", given["tokens"])) if "tokens" in given else None,
