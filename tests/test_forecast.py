@@ -88,12 +88,12 @@ def train(config, rows, length, steps):
 
 rows, length, ways = json.loads(sys.argv[1])
 small = ["model.n_layers=1", "model.d_model=64", "model.d_ff=64", "model.vocab_size=128"]
-for overrides in ways:  # what is loaded at first use is there before any of them is measured
-    train(load_config([], [*overrides, *small]), 1, 128, 1)
+train(load_config([], small), 1, 128, 1)  # what is loaded at first use is loaded once
 for overrides in ways:
     sys.stdout.flush()
     child = os.fork()
     if not child:
+        train(load_config([], [*overrides, *small]), 1, 128, 1)  # maps the code of libraries, which a fork does not keep
         before = peak()
         train(load_config([], overrides), rows, length, 2)
         print(peak() - before, flush=True)
