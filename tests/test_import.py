@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import gguf
 import pytest
@@ -21,6 +22,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from data.tokenization import load_tokenizer
 from data.tokenization.byte_level import LLAMA3_PATTERN
+from data.tokenization.chat import encode_messages
+from data.tokenization.imported import adopt_tokenizer
 from inference.engine import Engine, Request
 from inference.prompting import chat_prompt
 from inference.sampling import SamplingSettings
@@ -216,6 +219,28 @@ def test_an_import_becomes_a_gguf_file(bring_in: Callable[..., Any]) -> None:
     assert own["tokenizer.chat_template"] == TEMPLATE
 
 
+def test_a_tokenizer_that_composes_characters_does_so_in_chats_too(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    write(tmp_path)
+    _edit("tokenizer.json", normalizer={"type": "NFC"})(tmp_path)
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path)
+    ours = adopt_tokenizer(theirs, (), None)
+    apart = "e\u0301 n\u0303 \u1100\u1161\u11a8 \u0344\n"
+    for text in [*TEXTS, apart, f"{apart}<think>{apart}"]:
+        assert [*ours.prefix_ids, *ours.encode(text)] == theirs(text, split_special_tokens=True)["input_ids"]
+        assert ours.decode(ours.encode(text)) == normalize("NFC", text)
+    ours.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+    for said in (apart, f" {apart}", "  "):
+        messages = [{"role": "user", "content": apart}, {"role": "assistant", "content": said}]
+        ids, trained = encode_messages(ours, messages)
+        asked = theirs.apply_chat_template(messages, chat_template=ours.chat_template, return_dict=False)
+        assert ids == asked
+        learned = ours.decode([index for index, flag in zip(ids, trained, strict=True) if flag])
+        answer = f"{normalize('NFC', said)} "  # a token may begin with the space before it
+        assert learned.endswith(answer) and len(learned) <= len(answer) + 1
+
+
 def test_learned_scales_of_queries_and_keys_leave_for_gguf(bring_in: Callable[..., Any]) -> None:
     theirs = bring_in("Qwen3", head_dim=8)
     export(Path("model.gguf"), to="gguf", checkpoint="ours")
@@ -247,7 +272,7 @@ def _edit(name: str, **values: Any) -> Callable[[Path], None]:
         (_edit("config.json", quantization_config={"bits": 4}), "quantized"),
         (_edit("config.json", num_hidden_layers=3), "lacks the weight model.layers.2"),
         (_edit("config.json", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "linear"),
-        (_edit("tokenizer.json", normalizer={"type": "NFC"}), "NFC"),
+        (_edit("tokenizer.json", normalizer={"type": "NFKC"}), "NFKC"),
         (_edit("tokenizer.json", decoder=None), "byte-level"),
     ],
 )

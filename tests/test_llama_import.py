@@ -11,9 +11,9 @@ from typing import Any
 
 import gguf
 import pytest
-import sentencepiece
 import torch
 
+import sentencepiece
 from config.errors import UserError
 from data.tokenization import load_tokenizer
 from data.tokenization.probes import LANGUAGES, probe_texts

@@ -79,8 +79,16 @@ class ByteLevelBPE:
         return ids
 
     def encode_spans(self, text: str, *, before: Before = "nothing") -> tuple[list[int], list[Span]]:
+        if self.description["normalizer"] is not None:
+            encoding = self._untrimmed.encode(text, add_special_tokens=False)
+            return encoding.ids, encoding.offsets
         ids = self.encode(text)
         return ids, spans_of(text, [len(self.pieces[index]) for index in ids])
+
+    @cached_property
+    def _untrimmed(self) -> Any:
+        """The library without what it does to finished tokens, which leaves white space out of their places in text."""
+        return open_library(json.dumps(self.description | {"post_processor": None}, ensure_ascii=False).encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         return encode_rows(self._library, texts)

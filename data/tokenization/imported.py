@@ -1,7 +1,7 @@
 """A tokenizer of `transformers` behind our protocol: byte-level BPE, or SentencePiece-like BPE with byte fallback.
 
-The ids are those of the library that `transformers` itself runs. What would change the text, but for the space that
-SentencePiece puts in front of it, or has no bytes for its tokens, is refused by name.
+The ids are those of the library that `transformers` itself runs. What has no bytes for its tokens, or would change the
+text, but for the space that SentencePiece puts in front of it and Qwen's composing of characters, is refused by name.
 """
 
 from __future__ import annotations
@@ -101,9 +101,10 @@ def _joined(merge: str | list[str]) -> str:
 
 
 def _check_byte_level(description: dict[str, Any], cutters: Sequence[dict[str, Any]]) -> None:
-    """Raise `UserError` unless the BPE is byte-level and takes text as it is."""
-    if description["normalizer"] is not None:
-        raise _changes_text(description["normalizer"])
+    """Raise `UserError` unless the BPE is byte-level and takes text as it is, but for composing characters (NFC)."""
+    for step in steps(description["normalizer"]):
+        if step["type"] != "NFC":
+            raise _changes_text(step)
     byte_level = [cutter for cutter in cutters if cutter["type"] == "ByteLevel"]
     decoder = (description["decoder"] or {}).get("type")
     if not byte_level or decoder != "ByteLevel":
