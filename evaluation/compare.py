@@ -5,33 +5,19 @@ A difference is judged on what both were asked: the same blocks of the same text
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from config.errors import UserError
 from evaluation.bootstrap import Difference, mean_ratio_difference, ratio_difference
-from evaluation.downstream import TASKS, read_results
 from evaluation.report import BLOCKS
-from evaluation.run_report import RunFiles, read_run
+from evaluation.subjects import Subject
 
 AXES = {"step": "steps", "tokens": "tokens", "flops": "floating-point operations", "seconds": "seconds"}
+EVALUATED = "evaluated at step"
 _TEXT_FIGURES = {"loss": ("loss", "tokens"), "bits_per_byte": ("text_loss", "bytes")}
 _NOT_COMPARED = {"training.run_name", "training.runs_dir", "training.checkpoint_dir"}
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """One run: its files, and its evaluations by the name of what they were on."""
-
-    name: str
-    files: RunFiles
-    evaluations: Mapping[str, Mapping[str, Any]]
-    tasks: Mapping[str, Any]
 
 
 class Judgement(NamedTuple):
@@ -50,48 +36,6 @@ class Reached(NamedTuple):
 
     name: str
     at: Mapping[str, float | None]
-
-
-def open_subjects(places: Sequence[str], runs_dir: Path) -> list[Subject]:
-    """The runs that `places` name: folders of runs, or checkpoints of theirs. `UserError` for what is neither."""
-    if len(places) < 2:
-        raise UserError("Name two runs or more, such as python scripts/compare.py runs/a runs/b")
-    folders = [_folder(place, runs_dir) for place in places]
-    for number, folder in enumerate(folders):
-        if folder.resolve() in {other.resolve() for other in folders[:number]}:
-            raise UserError(f"{places[number]} is the run {folder.name}, which is named already.")
-    names = [folder.name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    return [_subject(name, folder) for name, folder in zip(names, folders)]
-
-
-def _folder(place: str, runs_dir: Path) -> Path:
-    path = Path(place)
-    if (path / "config.yaml").is_file():
-        return path
-    if (runs_dir / place / "config.yaml").is_file():
-        return runs_dir / place
-    if not path.exists():
-        raise UserError(f"There is no run and no checkpoint {place}. Runs are folders of {runs_dir}/.")
-    from model.checkpoint import checkpoint_run_name
-    from model.checkpoint_folder import resolve_checkpoint
-
-    name = checkpoint_run_name(resolve_checkpoint(place, path))
-    if not (runs_dir / name / "config.yaml").is_file():
-        raise UserError(
-            f"{place} is of the run {name}, whose folder {runs_dir / name} is not there. "
-            "Set training.runs_dir to where it is."
-        )
-    return runs_dir / name
-
-
-def _subject(name: str, folder: Path) -> Subject:
-    evaluations = {}
-    for path in sorted(folder.glob("evaluation*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        evaluations[path.stem.removeprefix("evaluation").removeprefix("-") or "validation"] = found
-    return Subject(name, read_run(folder), evaluations, read_results(folder / TASKS))
 
 
 def figures(subjects: Sequence[Subject]) -> list[tuple[str, list[float | None]]]:
@@ -116,6 +60,7 @@ def figures(subjects: Sequence[Subject]) -> list[tuple[str, list[float | None]]]
         row("validation loss, last", last("validation_loss")),
         row("accuracy in questions, last", last("task_accuracy")),
         row("validation loss, lowest", lambda subject: min(_losses(subject), default=None)),
+        row(EVALUATED, lambda subject: subject.step),
         *(
             row(f"{name}: {figure.replace('_', ' ')}", on_text(name, figure))
             for name in texts

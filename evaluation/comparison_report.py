@@ -12,14 +12,15 @@ from config.pages import render
 from evaluation.charts import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, line_chart, short
 from evaluation.compare import (
     AXES,
+    EVALUATED,
     Judgement,
-    Subject,
     config_differences,
     curve,
     figures,
     judgements,
     reached,
 )
+from evaluation.subjects import Subject
 
 _CURVES = {
     "validation_loss": "validation loss",
@@ -97,7 +98,7 @@ def _numbers(label: str, values: Sequence[float | None]) -> list[str]:
     def text(value: float | None) -> str:
         if value is None:
             return ""
-        if label in AXES.values():
+        if label in (EVALUATED, *AXES.values()):
             return f"{value:,.0f}" if value < 10**6 else short(value)
         return f"{value:.4f}"
 

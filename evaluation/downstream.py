@@ -131,13 +131,12 @@ def _metric(value: float, outcomes: Sequence[Any]) -> Metric:
     return Metric(value)
 
 
-def save_results(results: Sequence[TaskResult], path: Path, about: Mapping[str, Any]) -> Path:
+def save_results(results: Sequence[TaskResult], path: Path, about: Mapping[str, Any]) -> None:
     """Enter the results into the file `path`, beside those of other tasks; `about` says what was measured."""
     kept: dict[str, Any] = read_results(path)
     for result in results:
         kept[result.name] = {**about, **result.to_dict()}
     write_text(path, json.dumps(dict(sorted(kept.items())), indent=1, ensure_ascii=False) + "\n")
-    return path
 
 
 def read_results(path: Path) -> dict[str, Any]:

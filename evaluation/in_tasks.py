@@ -80,10 +80,12 @@ def report_tasks(results: Sequence[TaskResult], judged: Judged, how: Mapping[str
     from evaluation.downstream import print_results, save_results
 
     about = {**judged.about, **how}
-    written = save_results(results, judged.folder / judged.file_name("tasks"), about)
+    files = judged.files("tasks")
+    for path in files:
+        save_results(results, path, about)
     if as_json:
         print(json.dumps({one.name: {**about, **one.to_dict()} for one in results}, indent=1, ensure_ascii=False))
     else:
         print_results(results, f"{judged.info.path} (step {judged.info.step:,})")
     where = sys.stderr if as_json else sys.stdout
-    print(f"Written to {written}. Next: python scripts/report.py", file=where)
+    print(f"Written to {files[0]}. Next: python scripts/report.py", file=where)

@@ -12,6 +12,7 @@ import torch
 from evaluation.held_out import HeldOut
 from evaluation.likelihood import Ids, Likelihood, likelihoods
 from evaluation.perplexity import Evaluation, default_batch_size, evaluate_tokens
+from evaluation.report import STEPS
 from model.checkpoint import CheckpointInfo
 from model.transformer import Transformer
 
@@ -45,9 +46,13 @@ class Judged:
         run_dir = self.runs_dir / self.info.run_name if self.info.run_name else None
         return run_dir if run_dir is not None and run_dir.is_dir() else self.info.path.parent
 
-    def file_name(self, what: str) -> str:
-        """The file for results on `what`; those of quantized weights do not take the place of the checkpoint's own."""
-        return f"{what}.json" if self.quantize == "none" else f"{what}-{self.quantize}.json"
+    def files(self, what: str) -> tuple[Path, Path]:
+        """Where results on `what` go: the file of what was measured last, and that of this step.
+
+        Those of quantized weights do not take the place of the checkpoint's own.
+        """
+        name = f"{what}.json" if self.quantize == "none" else f"{what}-{self.quantize}.json"
+        return self.folder / name, self.folder / STEPS / f"step_{self.info.step}" / name
 
     @property
     def about(self) -> dict[str, Any]:

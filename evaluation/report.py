@@ -11,6 +11,8 @@ from evaluation.perplexity import Evaluation
 
 BLOCKS = ("loss", "tokens", "text_loss", "bytes")
 """The columns of `Evaluation.block_sums`, as a report calls them."""
+STEPS = "evaluations"
+"""The folder, in that of a run, where the results of every step stay."""
 
 
 def print_table(evaluation: Evaluation, title: str, sources: Mapping[str, Evaluation] | None = None) -> None:

@@ -139,7 +139,13 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
 
 def checkpoint_run_name(path: Path) -> str:
     """The name of the run that wrote a checkpoint, for which no weight is read; `UserError` where it cannot be."""
-    return str(_read(path, checking=False).get("run_name") or "unnamed")
+    return checkpoint_origin(path)[0]
+
+
+def checkpoint_origin(path: Path) -> tuple[str, int]:
+    """The run that wrote a checkpoint and the step, for which no weight is read; `UserError` where it cannot be."""
+    state = _read(path, checking=False)
+    return str(state.get("run_name") or "unnamed"), int(state["step"])
 
 
 class _Damaged(UserError):

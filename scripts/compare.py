@@ -29,11 +29,13 @@ def compare(
     """Compare runs: what they cost, what they reached, which settings differ, and how sure a difference is.
 
     Everything comes from the runs' folders, so evaluate each run first, with
-    scripts/eval.py and the same text and tasks. Writes a page with the curves, too.
+    scripts/eval.py and the same text and tasks. A run has the results of its newest
+    checkpoint that was evaluated; name a checkpoint for those of another, even of the
+    same run. Writes a page with the curves, too.
     """
     config = resolve(recipe, [word for word in words or [] if "=" in word], print_config)
-    from evaluation.compare import open_subjects
     from evaluation.comparison_report import print_comparison, write_page
+    from evaluation.subjects import open_subjects
 
     subjects = open_subjects([word for word in words or [] if "=" not in word], Path(config.training.runs_dir))
     print_comparison(subjects)

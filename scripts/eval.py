@@ -100,6 +100,7 @@ def evaluate(
     half the context. The result also goes to evaluation.json in the run's folder.
 
     With --tasks: accuracies and the like, and into tasks.json in the run's folder.
+    Both also stay by step, in evaluations/step_N/, for scripts/compare.py.
     """
     given = [f"generation.quantize={quantize}"] if quantize else []
     config = resolve(recipe, [*(overrides or []), *given], print_config)
@@ -144,7 +145,7 @@ def evaluate(
                 cost += f"perplexity {math.exp(before):.3f} -> {math.exp(found.loss):.3f}"
                 print(f"Weights in {kind} instead of as they were saved: {cost}", file=sys.stderr)
         if process.is_main:
-            _report(found, fewer_bits, held_out, stride, fewer_bits.file_name(_name(text, source)), as_json)
+            _report(found, fewer_bits, held_out, stride, fewer_bits.files(_name(text, source)), as_json)
 
 
 def _on_text(judged: Judged, held_out: HeldOut, stride: int, process: Process) -> Evaluation:
@@ -238,7 +239,9 @@ def _write(judged: Judged, writings: Sequence[Writing]) -> list[str]:
     return [gathered[number % judged.world_size][number] for number in range(len(texts))]
 
 
-def _report(found: Evaluation, judged: Judged, held_out: HeldOut, stride: int, file_name: str, as_json: bool) -> None:
+def _report(
+    found: Evaluation, judged: Judged, held_out: HeldOut, stride: int, files: Sequence[Path], as_json: bool
+) -> None:
     from config.files import write_text
     from evaluation.report import print_table, to_json
 
@@ -251,14 +254,15 @@ def _report(found: Evaluation, judged: Judged, held_out: HeldOut, stride: int, f
         "tokenizer_fingerprint": judged.info.tokenizer_fingerprint,
     }
     sources = held_out.by_source(found, context_length)
-    report, written = to_json(found, about, sources), judged.folder / file_name
-    write_text(written, report)
+    report = to_json(found, about, sources)
+    for path in files:
+        write_text(path, report)
     if as_json:
         print(report, end="")
     else:
         print_table(found, f"{judged.info.path} (step {judged.info.step:,}) on {held_out.name}", sources)
     where = sys.stderr if as_json else sys.stdout
-    print(f'Written to {written}. Next: python scripts/generate.py --prompt "The future of AI is"', file=where)
+    print(f'Written to {files[0]}. Next: python scripts/generate.py --prompt "The future of AI is"', file=where)
 
 
 def main() -> None:

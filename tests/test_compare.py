@@ -14,8 +14,11 @@ from config.errors import UserError
 from config.load import load_config, save_config
 from evaluation.bootstrap import mean_ratio_difference, ratio_difference
 from evaluation.charts import short, ticks
-from evaluation.compare import config_differences, curve, judgements, open_subjects, reached
+from evaluation.compare import config_differences, curve, figures, judgements, reached
+from evaluation.subjects import open_subjects
+from model.checkpoint import load_checkpoint, save_checkpoint
 from scripts.compare import compare as compare_command
+from scripts.eval import evaluate as eval_command
 from tests.test_report import Text
 
 GENERATOR = np.random.default_rng(0)
@@ -74,7 +77,7 @@ def outcomes(share: float, seed: int) -> list[float]:
 
 def task(right: list[float], group: str | None = "all") -> dict[str, Any]:
     metrics = {"acc": {"value": float(np.mean(right)), "interval": None}}
-    about = {"documents": len(right), "fewshot": 0, "step": 10, "group": group, "fingerprint": "f"}
+    about = {"documents": len(right), "fewshot": 0, "step": 20, "group": group, "fingerprint": "f"}
     return {**about, "metrics": metrics, "outcomes": {"acc": right}}
 
 
@@ -96,7 +99,7 @@ def make_run(folder: Path, shift: float, share: float, *overrides: str, factor: 
     sums = {name: np.array(column) for name, column in blocks(shift).items()}
     loss = float(sums["loss"].sum() / sums["tokens"].sum())
     bits = float(sums["text_loss"].sum() / np.log(2) / sums["bytes"].sum())
-    whole = {"loss": loss, "bits_per_byte": bits, "blocks": blocks(shift)}
+    whole = {"step": 20, "loss": loss, "bits_per_byte": bits, "blocks": blocks(shift)}
     (folder / "evaluation.json").write_text(json.dumps(whole))
     members = {name: task(outcomes(share, seed)) for seed, name in enumerate(("one", "two"))}
     mean = float(np.mean([found["metrics"]["acc"]["value"] for found in members.values()]))
@@ -178,16 +181,39 @@ def test_a_run_without_evaluations_or_metrics_is_still_compared(runs: Path, caps
     assert "No evaluation is common" in capsys.readouterr().out
 
 
-def test_a_checkpoint_stands_for_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_are_compared_by_their_own_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tests.workspace import make_workspace
 
     monkeypatch.chdir(tmp_path)
-    checkpoint = make_workspace(tmp_path).checkpoint
+    first = make_workspace(tmp_path).checkpoint
+    state = load_checkpoint(first)
+    state["step"], state["model"] = 9, {name: 0.9 * weights for name, weights in state["model"].items()}
+    save_checkpoint(second := first.parent / "model_step_9.pt", state)
+    run = make_run(Path("runs/small-run"), 0.1, 0.5)
     make_run(Path("runs/a"), 0.0, 0.5)
-    make_run(Path("runs/small-run"), 0.1, 0.5)
-    assert [one.name for one in open_subjects(["runs/a", str(checkpoint)], Path("runs"))] == ["a", "small-run"]
+    with pytest.raises(UserError, match=r"step 9 of the run small-run, .*scripts/eval.py --checkpoint \S+_step_9.pt"):
+        open_subjects(["runs/a", str(second)], Path("runs"))
+    losses = []
+    for checkpoint in (first, second):
+        eval_command(overrides=["training.device=cpu", "training.precision=fp32"], checkpoint=str(checkpoint))
+        losses.append(json.loads((run / "evaluation.json").read_text())["loss"])
+    places = [str(second), str(first), "runs/small-run"]
+    subjects = open_subjects(places, Path("runs"))
+    assert [one.name for one in subjects] == ["small-run (step 9)", "small-run (step 7)", "small-run"]
+    found = dict(figures(subjects))
+    assert found["validation: loss"] == [losses[1], losses[0], None] and losses[0] != losses[1]
+    assert found["evaluated at step"] == [9, 7, 20] and found["all: acc"][:2] == [None, None]
+    assert found["steps"] == [9, 7, 20] and found["validation loss, last"] == pytest.approx([5.8, 6.2, 4.6])
+    assert judgements(subjects[:2])[0].after - judgements(subjects[:2])[0].before == losses[0] - losses[1]
+    capsys.readouterr()
+    compare_command(words=places[:2])
+    assert re.search(r"evaluated at step +│ +9 │ +7 │", capsys.readouterr().out)
+    with pytest.raises(UserError, match="model_step_9.pt is the run small-run, of step 9, which is named already"):
+        open_subjects([places[0], places[0]], Path("runs"))
     with pytest.raises(UserError, match="of the run small-run, whose folder elsewhere/small-run is not there"):
-        open_subjects(["runs/a", str(checkpoint)], Path("elsewhere"))
+        open_subjects(["runs/a", str(first)], Path("elsewhere"))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +222,7 @@ def test_a_checkpoint_stands_for_its_run(tmp_path: Path, monkeypatch: pytest.Mon
         ([], "Name two runs or more"),
         (["runs/a"], "Name two runs or more"),
         (["runs/a", "runs/c"], "no run and no checkpoint runs/c"),
-        (["runs/a", "a"], "is the run a, which is named already"),
+        (["runs/a", "a"], "is the run a, of step 20, which is named already"),
     ],
 )
 def test_what_is_refused(runs: Path, places: list[str], message: str) -> None:

@@ -188,6 +188,7 @@ def test_tasks_of_the_project_need_nothing_but_a_checkpoint(folder: Path, capsys
     for name in members:
         assert np.mean(found[name]["outcomes"]["acc"]) == found[name]["metrics"]["acc"]["value"]
         assert (found[name]["documents"], found[name]["limit"], found[name]["step"]) == (6, 6, 40)
+    assert read_results(Path("checkpoints/evaluations/step_40/tasks.json"))["quern"] == found["quern"]
     printed = capsys.readouterr().out
     assert "quern_cloze" in printed and "Written to checkpoints/tasks.json" in printed
     before = found["quern_cloze"]
