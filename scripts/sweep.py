@@ -94,6 +94,8 @@ def _places(processes: int | None) -> list[Place]:
 
 def _show(plan: Sweep, study: Study) -> None:
     """The trials, best first."""
+    from math import isnan
+
     from optuna.trial import TrialState
     from rich.table import Table
 
@@ -111,9 +113,8 @@ def _show(plan: Sweep, study: Study) -> None:
         ]
         steps = max(trial.intermediate_values, default=0)
         value = f"{trial.value:.4f}" if trial.value is not None else "-"
-        table.add_row(
-            trial.user_attrs["run"], *values, value, f"{steps:,}{'' if trial.state == complete else ', ended early'}"
-        )
+        ended = ", diverged" if isnan(trial.intermediate_values.get(steps, 0.0)) else ", ended early"
+        table.add_row(trial.user_attrs["run"], *values, value, f"{steps:,}{'' if trial.state == complete else ended}")
     table_console().print(table)
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from optuna import Study
 from optuna.trial import TrialState
 
 from config.errors import UserError
+from scripts.sweep import _show
 from tests.commands import here
 from tests.small_runs import SMALL, kill_when, metrics, start, write_corpus
 from training.experiment import PlannedRun
 from training.searcher import Searcher
-from training.study import ask, open_study, suggest
-from training.sweep import read_sweep
+from training.study import ask, open_study, plot_study, suggest
+from training.sweep import Sweep, read_sweep
 
 SWEEP: dict[str, Any] = {
     "name": "rates",
@@ -50,11 +54,23 @@ def write(**changes: Any) -> Path:
         ({"space": {"training.seed": []}}, "space.training.seed must be a list of values, or a range"),
         ({"space": {"training.optimizer": ["muon", "sgd"]}}, "'sgd' is not allowed"),
         ({"space": {"training.seed": {"low": 1, "high": 3}}}, "is a range; a grid takes lists"),
-        ({"space": {"training.seed": {"low": 3, "high": 1}}}, "low must be less than high"),
+        ({"space": {"training.seed": {"low": 3, "high": 1}}}, "low and high must be numbers, low less than high"),
+        ({"space": {"training.seed": {"low": True, "high": 3}}}, "low and high must be numbers"),
+        ({"space": {"training.gradient_clip": {"low": 0.5, "high": float("inf")}}}, "low and high must be numbers"),
+        ({"space": {"training.seed": {"low": 1, "high": 9, "log": True, "step": 2}}}, "do not go together"),
+        ({"space": {"training.seed": {"low": 1, "high": 9, "log": "yes"}}}, "log must be true or false, not 'yes'"),
+        ({"space": {"training.seed": {"low": 1, "high": 9, "step": 0.5}}}, "step must be a whole number above 0"),
+        ({"space": {"training.seed": {"low": 1, "high": 9, "step": -1}}}, "step must be a whole number above 0"),
+        ({"space": {"training.gradient_clip": {"low": 0.5, "high": 2.0, "step": 0}}}, "step must be a number above 0"),
+        ({"space": {"model.d_model": [16, 24], "model.n_heads": [1, 2, 8]}}, "with model.d_model=24, model.n_heads=8"),
         ({"metric": "validation_los"}, "there is no metric 'validation_los'. Did you mean 'validation_loss'?"),
         ({"metric": "task_accuracy"}, "no run measures task_accuracy. Set training.task_interval"),
         ({"sampler": "random"}, "say when to end: trials, hours, or both"),
-        ({"trials": -1}, "trials must be a number above 0"),
+        ({"trials": -1}, "trials must be a whole number above 0"),
+        ({"trials": 2.5}, "trials must be a whole number above 0, not 2.5"),
+        ({"hours": "two"}, "hours must be a number above 0"),
+        ({"seed": "abc"}, "seed must be a whole number, 0 or above, not 'abc'"),
+        ({"seed": -1}, "seed must be a whole number, 0 or above, not -1"),
     ],
 )
 def test_a_mistake_in_the_file_is_told_before_any_run(changes: dict[str, Any], message: str) -> None:
@@ -128,6 +144,74 @@ def test_a_trial_worse_than_the_median_of_five_is_ended_early() -> None:
     searcher.search()
     assert process.returncode == -signal.SIGTERM and "ended early at step 4: validation_loss 9.0000" in said[0]
     assert study.trials[5].state.name == "PRUNED"
+
+
+End = tuple[dict[int, float | None], dict[str, Any] | None]  # losses by step, and the result of a run that did not fail
+GOOD: End = {4: 6.0, 8: 5.0}, {"step": 8, "validation_loss": 5.0}
+LOST: End = {4: 1.0, 8: None}, {"step": 8, "validation_loss": math.nan}
+FAILS: End = {4: 5.0}, None
+
+
+class Ended:
+    """The process of a run that has come to its end."""
+
+    def __init__(self, run: PlannedRun, losses: dict[int, float | None], result: dict[str, Any] | None) -> None:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        rows = [json.dumps({"step": step, "validation_loss": loss}) + "\n" for step, loss in losses.items()]
+        (run.directory / "metrics.jsonl").write_text("".join(rows))
+        if result is not None:
+            (run.directory / "result.json").write_text(json.dumps(result))
+        self.returncode = 1 if result is None else 0
+
+    def poll(self) -> int:
+        return self.returncode
+
+    def wait(self) -> int:
+        return self.returncode
+
+    def terminate(self) -> None:
+        raise AssertionError("has ended")
+
+
+def searched(sweep: Sweep, ends: Iterator[End]) -> tuple[Study, str]:
+    """The study after a search whose runs come to these ends, and what was said."""
+    study, said = open_study(sweep), list[str]()
+    Searcher(sweep, study, [lambda run: Ended(run, *next(ends))], said.append).search()
+    return study, "\n".join(said)
+
+
+def test_a_run_that_diverged_is_not_the_best_by_its_last_finite_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = read_sweep(write())
+    study, said = searched(sweep, iter([LOST, GOOD]))
+    assert [trial.state.name for trial in study.trials] == ["PRUNED", "COMPLETE"] and study.best_value == 5.0
+    assert "diverged: its last validation_loss is not a number" in said
+    _show(sweep, study)
+    assert re.search(r"rates-000 │.*│ - +│ 8, diverged", capsys.readouterr().out)
+
+
+def test_three_runs_that_fail_end_a_sweep_only_where_none_between_them_did_not() -> None:
+    space = {"training.seed": [1, 2, 3, 4, 5]}
+    study, _ = searched(read_sweep(write(space=space)), iter([FAILS, LOST, FAILS, LOST, FAILS]))
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "PRUNED"] * 2 + ["FAIL"]
+    with pytest.raises(UserError, match="Three runs in a row failed"):
+        searched(read_sweep(write(name="worse", space=space)), iter([FAILS] * 5))
+
+
+def test_hours_are_those_of_all_starts_together() -> None:
+    space = {"training.seed": {"low": 1, "high": 99}}
+    study, _ = searched(read_sweep(write(space=space, sampler="random", trials=1)), iter([GOOD]))
+    spent = study.user_attrs["seconds"]
+    assert spent > 0
+    study, _ = searched(read_sweep(write(space=space, sampler="random", hours=spent / 3600)), iter([GOOD]))
+    assert len(study.trials) == 1 and study.user_attrs["seconds"] > spent
+
+
+def test_choices_may_be_lists() -> None:
+    space = {"data.use": [["sample"], ["sample", "tinystories"]], "training.seed": [1]}
+    sweep = read_sweep(write(space=space))
+    study, said = searched(sweep, iter([GOOD, GOOD]))
+    assert [trial.params["data.use"] for trial in study.trials] == ['["sample"]', '["sample", "tinystories"]']
+    assert plot_study(study, sweep.directory)
 
 
 def test_hyperband_ends_poor_trials_at_its_rungs_and_spends_the_rest_on_good_ones() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from config.errors import UserError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 POLL = 0.5  # seconds between looks at what the runs have logged
+NOTE = 30.0  # seconds of searching until the study learns of them
 
 
 class Process(Protocol):
@@ -45,8 +47,18 @@ class Searcher:
         self.sweep, self.study, self.say = sweep, study, say
         self.free = list(places)
         self.running: list[tuple[Trial, PlannedRun, Process, Place]] = []
-        self.started = time.monotonic()
+        self.noted = float(study.user_attrs.get("seconds", 0.0))
+        self.since = time.monotonic()
         self.failed = 0
+
+    @property
+    def seconds(self) -> float:
+        """Of searching, in all starts of this sweep together."""
+        return self.noted + time.monotonic() - self.since
+
+    def _note(self) -> None:
+        self.noted, self.since = self.seconds, time.monotonic()
+        self.study.set_user_attr("seconds", self.noted)
 
     def search(self) -> None:
         """Until the budget is spent. An interruption stops the runs with a checkpoint; they go on the next time.
@@ -59,8 +71,11 @@ class Searcher:
                     self._begin()
                 for one in list(self.running):
                     self._look(*one)
+                if time.monotonic() - self.since > NOTE:
+                    self._note()
                 time.sleep(POLL)
         finally:
+            self._note()
             for _, _, process, _ in self.running:
                 process.terminate()
             for _, _, process, _ in self.running:
@@ -69,7 +84,7 @@ class Searcher:
     def _more(self) -> bool:
         from optuna.trial import TrialState
 
-        if self.sweep.hours is not None and time.monotonic() - self.started > 3600 * self.sweep.hours:
+        if self.sweep.hours is not None and self.seconds > 3600 * self.sweep.hours:
             return False
         done = self.study.get_trials(False, (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING))
         if self.sweep.trials is not None and len(done) >= self.sweep.trials:
@@ -102,16 +117,30 @@ class Searcher:
         self.running.remove((trial, run, process, place))
         self.free.append(place)
         values = ", ".join(f"{key}={value}" for key, value in trial.params.items())
+        finished = not pruned and process.returncode == 0 and run.result is not None
+        diverged = finished and not math.isfinite(last := self._last(run, found))
+        self.failed = 0 if pruned or finished else self.failed + 1
         if pruned:
             self.study.tell(trial, state=TrialState.PRUNED)
             self.say(f"{run.name}  {values}  ended early at step {max(found)}: {metric} {found[max(found)]:.4f}")
-        elif process.returncode == 0 and run.result is not None and found:
-            self.study.tell(trial, found[max(found)])
-            self.failed = 0
-            self.say(f"{run.name}  {values}  {metric} {found[max(found)]:.4f}")
+        elif diverged:
+            trial.report(math.nan, max(row["step"] for row in run.rows))
+            self.study.tell(trial, state=TrialState.PRUNED)
+            self.say(f"{run.name}  {values}  diverged: its last {metric} is not a number")
+        elif finished:
+            self.study.tell(trial, last)
+            self.say(f"{run.name}  {values}  {metric} {last:.4f}")
         else:
             self.study.tell(trial, state=TrialState.FAIL)
-            self.failed += 1
             self.say(f"{run.name}  {values}  {run.failure()}")
             if self.failed == 3:
                 raise UserError(f"Three runs in a row failed, so the sweep ends here. {run.failure()}")
+
+    def _last(self, run: PlannedRun, found: Mapping[int, float]) -> float:
+        """What a finished run came to. A loss that is not a number is null in its files, as if it were not measured."""
+        value: float | None = found[max(found)] if found else None
+        if self.sweep.metric == "validation_loss" and run.result is not None:
+            value = run.result["validation_loss"]
+        elif self.sweep.metric == "loss":
+            value = run.rows[-1]["loss"]
+        return math.nan if value is None else value

@@ -50,7 +50,7 @@ def open_study(sweep: Sweep) -> Study:
         study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs.get("run")})
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
     if sweep.sampler == "grid":
-        for values in itertools.product(*sweep.space.values()):
+        for values in itertools.product(*(map(_plain, choices) for choices in sweep.space.values())):
             study.enqueue_trial(dict(zip(sweep.space, values)), skip_if_exists=True)
     return study
 
@@ -91,7 +91,8 @@ def suggest(trial: Trial, space: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, each in space.items():
         if isinstance(each, list):
-            values[key] = trial.suggest_categorical(key, each)
+            plain = [_plain(choice) for choice in each]
+            values[key] = each[plain.index(trial.suggest_categorical(key, plain))]
             continue
         low, high, log, step = each["low"], each["high"], bool(each.get("log")), each.get("step")
         if isinstance(low, int) and isinstance(high, int):
@@ -99,6 +100,11 @@ def suggest(trial: Trial, space: Mapping[str, Any]) -> dict[str, Any]:
         else:
             values[key] = trial.suggest_float(key, low, high, step=step, log=log)
     return values
+
+
+def _plain(choice: Any) -> Any:
+    """A choice as a study holds it: a list or a mapping as JSON."""
+    return json.dumps(choice) if isinstance(choice, (list, dict)) else choice
 
 
 def plot_study(study: Study, directory: Path) -> list[Path]:

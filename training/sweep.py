@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,18 +60,21 @@ class Sweep:
 def read_sweep(path: Path, overrides: Sequence[str] = (), recipe: Path | None = None) -> Sweep:
     """The sweep that the YAML `path` describes; `overrides` go into every run, `recipe` is for its base.
 
-    Raises `UserError` for unknown keys, with the nearest, for an empty space, for values that a setting cannot have,
-    and for a metric that the runs would not measure.
+    Raises `UserError` for unknown keys, with the nearest, for an empty space, for values that a setting cannot have
+    (of a grid, also for combinations), for ranges that there are not, and for a metric that the runs would not measure.
     """
     optional = ["base", "settings", "metric", "sampler", "pruner", "trials", "hours", "seed"]
     tree = read_experiment(path, ["name", "space"], optional)
-    chosen = {"metric": "validation_loss", "sampler": "tpe", "pruner": "none", **tree}
+    chosen = {"metric": "validation_loss", "sampler": "tpe", "pruner": "none", "seed": 0, **tree}
     for key, known in (("metric", METRICS), ("sampler", SAMPLERS), ("pruner", PRUNERS)):
         if chosen[key] not in known:
             raise UserError(f"{path}: there is no {key} {chosen[key]!r}.{nearest(str(chosen[key]), known)}")
-    for key in ("trials", "hours"):
-        if tree.get(key) is not None and not (isinstance(tree[key], (int, float)) and tree[key] > 0):
-            raise UserError(f"{path}: {key} must be a number above 0, not {tree[key]!r}.")
+    for key, kind in (("trials", int), ("hours", (int, float))):
+        if tree.get(key) is not None and not (_is_number(tree[key], kind) and tree[key] > 0):
+            whole = "whole " if kind is int else ""
+            raise UserError(f"{path}: {key} must be a {whole}number above 0, not {tree[key]!r}.")
+    if not _is_number(chosen["seed"], int) or chosen["seed"] < 0:
+        raise UserError(f"{path}: seed must be a whole number, 0 or above, not {chosen['seed']!r}.")
     if chosen["sampler"] != "grid" and tree.get("trials") is None and tree.get("hours") is None:
         raise UserError(f"{path}: say when to end: trials, hours, or both.")
     base = recipe or (Path(tree["base"]) if tree.get("base") else None)
@@ -77,9 +82,13 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), recipe: Path | None = 
     if not isinstance(tree["space"], Mapping):
         raise UserError(f"{path}: space must hold `section.key: values` lines, not {tree['space']!r}.")
     config = load_config([base] if base else [], settings)
-    for key, values in tree["space"].items():
-        for value in _ends(path, key, values, chosen["sampler"]):
-            load_config([base] if base else [], [*settings, f"{key}={json.dumps(value)}"])
+    ends = {key: _ends(path, key, values, chosen["sampler"]) for key, values in tree["space"].items()}
+    for tried in _together(ends) if chosen["sampler"] == "grid" else _alone(ends):
+        try:
+            load_config([base] if base else [], [*settings, *settings_of(path, "space", tried)])
+        except UserError as error:
+            shown = ", ".join(f"{key}={json.dumps(value)}" for key, value in tried.items())
+            raise UserError(f"{path}: no run can be made with {shown}: {error}") from error
     if chosen["metric"] == "task_accuracy" and config.training.task_interval is None:
         raise UserError(f"{path}: no run measures task_accuracy. Set training.task_interval in settings.")
     return Sweep(
@@ -92,7 +101,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), recipe: Path | None = 
         pruner=chosen["pruner"],
         trials=tree.get("trials"),
         hours=tree.get("hours"),
-        seed=int(tree.get("seed") or 0),
+        seed=chosen["seed"],
         runs_dir=Path(config.training.runs_dir),
         first=int(getattr(config.training, _INTERVALS[chosen["metric"]])),
         last=None if "training.max_steps" in tree["space"] else config.training.max_steps,
@@ -105,13 +114,32 @@ def _ends(path: Path, key: str, values: Any, sampler: str) -> list[Any]:
         return values
     if not isinstance(values, Mapping) or not {"low", "high"} <= set(values) <= RANGE:
         raise UserError(f"{path}: space.{key} must be a list of values, or a range {{low, high, log, step}}.")
-    low, high = values["low"], values["high"]
-    if (
-        not all(isinstance(end, (int, float)) for end in (low, high))
-        or not low < high
-        or (values.get("log") and low <= 0)
-    ):
-        raise UserError(f"{path}: space.{key}: low must be less than high, and above 0 with log.")
-    if sampler == "grid":
-        raise UserError(f"{path}: space.{key} is a range; a grid takes lists of values.")
-    return [low, high]
+    low, high, log, step = values["low"], values["high"], values.get("log", False), values.get("step")
+    whole = isinstance(low, int) and isinstance(high, int)
+    if not (_is_number(low) and _is_number(high)) or not low < high or (log and low <= 0):
+        wrong = "low and high must be numbers, low less than high, and above 0 with log"
+    elif not isinstance(log, bool):
+        wrong = f"log must be true or false, not {log!r}"
+    elif step is not None and log:
+        wrong = "step and log do not go together"
+    elif step is not None and not (_is_number(step, int if whole else (int, float)) and 0 < step <= high - low):
+        wrong = f"step must be a {'whole ' if whole else ''}number above 0 that fits between the ends, not {step!r}"
+    elif sampler == "grid":
+        wrong = "this is a range; a grid takes lists of values"
+    else:
+        return [low, high]
+    raise UserError(f"{path}: space.{key}: {wrong}.")
+
+
+def _is_number(value: Any, kind: Any = (int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _alone(choices: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Every value by itself."""
+    return ({key: value} for key, values in choices.items() for value in values)
+
+
+def _together(choices: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination."""
+    return (dict(zip(choices, values)) for values in product(*choices.values()))
