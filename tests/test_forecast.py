@@ -93,7 +93,7 @@ for overrides in ways:
     sys.stdout.flush()
     child = os.fork()
     if not child:
-        train(load_config([], [*overrides, *small]), 1, 128, 1)  # maps the code of libraries, which a fork does not keep
+        train(load_config([], [*overrides, *small]), 1, 128, 1)  # maps the libraries again
         before = peak()
         train(load_config([], overrides), rows, length, 2)
         print(peak() - before, flush=True)
