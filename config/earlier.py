@@ -47,6 +47,7 @@ BEFORE: dict[str, Any] = {
         "precision": "auto",
         "quantize": "none",
         "compile": False,
+        "context_length": None,
     },
 }
 

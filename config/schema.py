@@ -164,6 +164,7 @@ class GenerationConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     quantize: Literal["none", "int8", "int4"]
     compile: bool
+    context_length: PositiveInt | None
 
     @model_validator(mode="after")
     def _combinations(self) -> GenerationConfig:

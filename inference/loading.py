@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from config.errors import UserError
 from config.schema import Config
 from data.tokenization.matching import matching_tokenizer
 from inference.cpu import CPUModel
@@ -53,14 +54,17 @@ def load_for_generation(checkpoint: str, config: Config, say: Callable[[str], ob
 
     That is `training.device`, `training.checkpoint_dir` for the latest one, `data.tokenizer_dir` and
     `generation.precision`, whose `auto` is what the device is fast in on a GPU; on a CPU the weights stay as they were
-    saved, so that a seed gives the same text; and `generation.quantize`. `say` tells what takes long. Raises
-    `UserError` where the checkpoint, its tokenizer or the device is missing or unfit.
+    saved, so that a seed gives the same text; `generation.quantize`; and `generation.context_length`, from then on that
+    of the model. `say` tells what takes long. Raises `UserError` where the checkpoint, its tokenizer or the device is
+    missing or unfit, or the model sees fewer tokens.
     """
     path = resolve_checkpoint(checkpoint, Path(config.training.checkpoint_dir))
     device, precision = choose_device(config.training.device), config.generation.precision
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else automatic_precision(device)
     model, info = load_model(path, device, DTYPES[precision])
+    if config.generation.context_length is not None:
+        _limit_context(model, config.generation.context_length)
     quantize_(model, config.generation.quantize)
     settle_(model)
     if device.type == "cpu" and model.num_parameters() < ONE_THREAD_BELOW:
@@ -75,6 +79,14 @@ def load_for_generation(checkpoint: str, config: Config, say: Callable[[str], ob
     finally:
         slowly.cancel()
     return Loaded(model, tokenizer, bool(info.finetuning and info.finetuning["format"] == "messages"), info)
+
+
+def _limit_context(model: Transformer, tokens: int) -> None:
+    if tokens > model.config.context_length:
+        raise UserError(
+            f"generation.context_length: the model sees {model.config.context_length:,} tokens, not {tokens:,}."
+        )
+    model.config = model.config.model_copy(update={"context_length": tokens})
 
 
 @torch.inference_mode()

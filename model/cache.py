@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from config.errors import UserError
 from config.model import ModelConfig
+from model.devices import free_memory, is_out_of_memory
 
 
 class KVCache:
@@ -21,6 +25,8 @@ class KVCache:
 
     `extent` is the number of positions that attention looks at, `max_length` unless set lower. Keeping it just above
     the longest row saves work; it must not lie below `lengths + T`.
+
+    Raises `UserError` where the device has too little memory for it.
     """
 
     def __init__(
@@ -35,8 +41,17 @@ class KVCache:
         if not 0 < max_length <= config.context_length:
             raise ValueError(f"max_length {max_length} is not within the context of {config.context_length} tokens")
         shape = (config.n_layers, batch_size, config.kv_heads, max_length, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        device = torch.device(device)
+        need, free = 2 * math.prod(shape) * dtype.itemsize, free_memory(device)
+        if need > free:
+            raise _too_large(batch_size, max_length, need, free)
+        try:
+            self.keys = torch.zeros(shape, device=device, dtype=dtype)
+            self.values = torch.zeros(shape, device=device, dtype=dtype)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise _too_large(batch_size, max_length, need, free) from error
+            raise
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)
         self.extent = max_length
 
@@ -86,3 +101,12 @@ class KVCache:
         own_keys[row, :, positions] = keys.to(self.keys.dtype)
         own_values[row, :, positions] = values.to(self.values.dtype)
         return own_keys[:, :, : self.extent], own_values[:, :, : self.extent]
+
+
+def _too_large(rows: int, length: int, need: int, free: int) -> UserError:
+    texts = "A text" if rows == 1 else f"{rows:,} texts at once"
+    return UserError(
+        f"{texts} of up to {length:,} tokens: their keys and values need {need / 1e9:,.2f} GB of memory, and "
+        f"{free / 1e9:,.2f} GB are free. Set generation.context_length (--context-length) lower, or have fewer texts "
+        "written at once: --num-samples of scripts/generate.py, --max-concurrent of scripts/serve.py."
+    )

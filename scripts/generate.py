@@ -58,6 +58,9 @@ Context = Annotated[
     typer.Option(metavar="slide|stop", help="Where the model's context is full: go on with the newest part, or end."),
 ]
 Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to run.")]
+ContextLength = Annotated[
+    int | None, typer.Option(help="The most tokens seen at once; fewer need less memory. By default the model's.")
+]
 Quantize = Annotated[
     str | None, typer.Option(metavar="none|int8|int4", help="Weights in fewer bits: faster on a CPU, less exact.")
 ]
@@ -99,6 +102,7 @@ def generate(
     stop_token: StopToken = None,
     context: Context = None,
     device: Device = None,
+    context_length: ContextLength = None,
     quantize: Quantize = None,
     chat: Chat = None,
     probabilities: Probabilities = False,
@@ -132,6 +136,7 @@ def generate(
         "generation.stop_tokens": _literal([_token(name) for name in stop_token]) if stop_token else None,
         "generation.context": context,
         "training.device": device,
+        "generation.context_length": context_length,
         "generation.quantize": quantize,
     }
     given = [f"{key}={value}" for key, value in options.items() if value is not None]

@@ -32,6 +32,9 @@ KeyFile = Annotated[
 ]
 Name = Annotated[str | None, typer.Option("--model-name", help="The model's id. By default its run and step.")]
 Device = Annotated[str | None, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to run.")]
+ContextLength = Annotated[
+    int | None, typer.Option(help="The most tokens seen at once; fewer need less memory. By default the model's.")
+]
 Chat = Annotated[
     bool | None,
     typer.Option("--chat/--no-chat", help="Answer chats; by default if the model was fine-tuned on messages."),
@@ -59,6 +62,7 @@ def serve(
     api_key_file: KeyFile = None,
     model_name: Name = None,
     device: Device = None,
+    context_length: ContextLength = None,
     chat: Chat = None,
     max_concurrent: Concurrent = 16,
     queue: Queue = 64,
@@ -78,7 +82,8 @@ def serve(
     holds what a request that leaves a setting out gets. SIGTERM or Ctrl-C lets
     running answers finish.
     """
-    given = [f"training.device={device}"] if device else []
+    options = {"training.device": device, "generation.context_length": context_length}
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
     config = resolve(recipe, [*(overrides or []), *given], print_config)
     if config.generation.beams > 1:
         raise UserError("generation.beams: the server gives texts as they are drawn. Set it to 1.")

@@ -12,11 +12,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from openai import OpenAI
 
+from inference.server.service import Service
+from scripts.serve import serve
 from tests.workspace import Workspace, command, make_workspace
 
 CONTEXT = 2048
@@ -86,6 +92,21 @@ def serving(folder: Path, *arguments: str, **environment: str) -> Iterator[Serve
     finally:
         process.kill()
         process.communicate()
+
+
+def serve_here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[TestClient], None], *overrides: str, **options: Any
+) -> None:
+    """Have `scripts/serve.py` serve in this process, call `look` with a client of it, and end."""
+
+    def answer(app: FastAPI, service: Service, listener: socket, grace: float) -> None:
+        with TestClient(app, base_url="http://localhost") as http:
+            look(http)
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("inference.server.run.serve_until_signal", answer)
+    monkeypatch.setattr("inference.server.logs.log_as_json", lambda: None)
+    serve(list(overrides), port=0, **options)
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:

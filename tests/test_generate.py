@@ -16,6 +16,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from inference.interactive import Session
 from inference.prompting import chat_prompt, chat_stop_tokens
 from inference.sampling import SamplingSettings
 from inference.terminal import Printer
+from model.transformer import Transformer
 from scripts.generate import generate
 from tests.workspace import Workspace, command, make_workspace, small_tokenizer
 
@@ -326,6 +328,18 @@ def test_a_prompt_longer_than_the_context_keeps_its_end_and_says_so(
     assert shown.out == line(text + continuation(workspace, ids))
 
 
+def test_a_smaller_context_is_all_that_the_model_sees(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    """A text of more tokens than that slides over it; below, nothing changes."""
+    ids = workspace.tokenizer.encode(PROMPT)
+    narrow = Transformer(workspace.model.config.model_copy(update={"context_length": len(ids) + 4})).eval()
+    narrow.load_state_dict(workspace.model.state_dict())
+    whole, cut = continuation(workspace, ids), continuation(replace(workspace, model=narrow), ids)
+    assert len(ids) + 20 < 31 and whole != cut
+    for context, expected in ((len(ids) + 4, cut), (31, whole)):
+        generate(prompt=PROMPT, seed=3, max_new_tokens=20, context_length=context)
+        assert capsys.readouterr().out == line(PROMPT + expected)
+
+
 def test_special_tokens_written_in_a_prompt_are_text(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     text = "<|endoftext|>"
     ids = workspace.tokenizer.encode(text)
@@ -350,6 +364,7 @@ def test_special_tokens_written_in_a_prompt_are_text(workspace: Workspace, capsy
         ({"json_schema": "nowhere.json"}, "nowhere.json is not a file that can be read"),
         ({"overrides": ["generation.logit_bias={300: 1}"]}, "there is no token 300"),
         ({"max_new_tokens": 0}, "max_new_tokens: input should be greater than 0"),
+        ({"context_length": 33}, "context_length: the model sees 32 tokens, not 33"),
         ({"num_samples": 0}, "num_samples: input should be greater than 0"),
         ({"device": "tpu"}, "device: 'tpu' is not allowed; choose 'auto', 'cpu', 'cuda' or 'mps'"),
         ({"overrides": ["generation.temprature=1"]}, "Did you mean 'temperature'"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from config.errors import UserError
 from config.load import load_config
 from config.model import ModelConfig
 from model import loss as loss_module
@@ -503,6 +504,24 @@ class TestKVCache:
             model(random_tokens(1, 3), cache=cache)
         with pytest.raises(ValueError, match="max_length 33 is not within the context of 32"):
             KVCache(model.config, 1, max_length=33)
+
+    def test_more_than_the_device_has_is_an_error_and_nothing_is_taken(
+        self, model: Transformer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        taken: list[Any] = []
+
+        def full(*shape: Any, **options: Any) -> Tensor:
+            taken.append(shape)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+        monkeypatch.setattr(torch, "zeros", full)
+        message = r"texts at once of up to 32 tokens: their keys and values need \S+ GB of memory, and \S+ GB are free"
+        with pytest.raises(UserError, match=message):
+            KVCache(model.config, 10**12)
+        assert not taken
+        with pytest.raises(UserError, match=message):
+            KVCache(model.config, 2)
+        assert taken
 
     def test_lower_precision_cache(self, model: Transformer) -> None:
         tokens, cache = random_tokens(1, 12), KVCache(model.config, 1, dtype=torch.bfloat16)

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from socket import socket
 from typing import Any
 
 import httpx
 import openai
 import pytest
 import torch
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from inference.engine import Engine, Request
 from inference.prompting import chat_prompt, chat_stop_tokens
 from inference.sampling import SamplingSettings
-from inference.server.service import Service
-from scripts.serve import serve
-from tests.server_process import CONTEXT, Server, server_workspace, serving
+from tests.server_process import CONTEXT, Server, serve_here, server_workspace, serving
 from tests.workspace import Workspace
 
 MODEL = "small-run/7"
@@ -352,19 +348,30 @@ def test_compile_makes_the_steps_of_the_server(workspace: Workspace, monkeypatch
         made.append(function.__name__)
         return function
 
-    def answer_once(app: FastAPI, service: Service, listener: socket, grace: float) -> None:
-        with TestClient(app, base_url="http://localhost") as http:
-            body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 4, "seed": 3}
-            answers.append(http.post("/v1/completions", json=body).json()["choices"][0]["text"])
-        service.stop()
+    def answer_once(http: TestClient) -> None:
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 4, "seed": 3}
+        answers.append(http.post("/v1/completions", json=body).json()["choices"][0]["text"])
 
     answers: list[str] = []
-    monkeypatch.chdir(workspace.folder)
     monkeypatch.setattr(torch, "compile", compile_nothing)
-    monkeypatch.setattr("inference.server.run.serve_until_signal", answer_once)
-    monkeypatch.setattr("inference.server.logs.log_as_json", lambda: None)
     ids = workspace.tokenizer.encode(PROMPT)
     for compiled in (False, True):
-        serve([f"generation.compile={str(compiled).lower()}"], port=0)
+        serve_here(workspace.folder, monkeypatch, answer_once, f"generation.compile={str(compiled).lower()}")
         assert bool(made) == compiled
     assert answers == [expected(workspace, ids, 4, 3)] * 2
+
+
+def test_a_smaller_context_is_that_of_the_server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = workspace.tokenizer.encode(PROMPT)
+
+    def look(http: TestClient) -> None:
+        [card] = http.get("/v1/models").json()["data"]
+        assert card["context_length"] == len(prompt) + 5
+        body = {"prompt": PROMPT, "max_tokens": 20, "seed": 3}
+        answer = http.post("/v1/completions", json=body).json()
+        assert answer["usage"]["completion_tokens"] == 5
+        assert answer["choices"][0]["text"] == expected(workspace, prompt, 5, 3)
+        refused = http.post("/v1/completions", json={**body, "prompt": PROMPT * 3})
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+    serve_here(workspace.folder, monkeypatch, look, context_length=len(prompt) + 5)

@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from socket import socket
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from inference.engine import Engine, Piece, Request
-from inference.server.service import Service
-from scripts.serve import serve
-from tests.server_process import eventually, server_workspace
+from tests.server_process import eventually, serve_here, server_workspace
 from tests.workspace import Workspace
 
 TOGETHER = 2  # texts that the server takes
+TOGETHER_ONLY: Any = {"max_concurrent": TOGETHER, "queue": 0, "timeout": 60.0}
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return server_workspace(tmp_path_factory.mktemp("workspace"))
-
-
-@pytest.fixture
-def served(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[TestClient], None]], None]:
-    """Calls a function with a client of a server in this process that takes `TOGETHER` texts, and has no queue."""
-
-    def visit(look: Callable[[TestClient], None]) -> None:
-        def answer(app: FastAPI, service: Service, listener: socket, grace: float) -> None:
-            with TestClient(app, base_url="http://localhost") as http:
-                look(http)
-
-        monkeypatch.chdir(workspace.folder)
-        monkeypatch.setattr("inference.server.run.serve_until_signal", answer)
-        monkeypatch.setattr("inference.server.logs.log_as_json", lambda: None)
-        serve(port=0, max_concurrent=TOGETHER, queue=0, timeout=60.0)
-
-    return visit
 
 
 def ask_together(http: TestClient) -> list[Any]:
@@ -51,7 +30,7 @@ def ask_together(http: TestClient) -> list[Any]:
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_step_that_fails_ends_what_is_running_and_no_more(
-    failures: int, served: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    failures: int, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second failure meets the attempt to write that follows the first: then the server says that it fails."""
     step, submit, left, begun = Engine.step, Engine.submit, [0], list[Request]()
@@ -86,12 +65,10 @@ def test_a_step_that_fails_ends_what_is_running_and_no_more(
 
     monkeypatch.setattr(Engine, "submit", counts)
     monkeypatch.setattr(Engine, "step", fails)
-    served(look)
+    serve_here(workspace.folder, monkeypatch, look, **TOGETHER_ONLY)
 
 
-def test_a_request_on_which_the_engine_fails_ends_alone(
-    served: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_on_which_the_engine_fails_ends_alone(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     submit = Engine.submit
 
     def fails(engine: Engine, request: Request) -> int:
@@ -104,4 +81,4 @@ def test_a_request_on_which_the_engine_fails_ends_alone(
         assert http.post("/v1/completions", json={"prompt": "a", "n": TOGETHER, "seed": 5}).status_code == 200
 
     monkeypatch.setattr(Engine, "submit", fails)
-    served(look)
+    serve_here(workspace.folder, monkeypatch, look, **TOGETHER_ONLY)

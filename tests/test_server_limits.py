@@ -233,6 +233,10 @@ class TestWhatItRefusesToStartWith:
         assert "error: " in self.refusal(workspace.folder, "--checkpoint", str(trap))
         assert not proof.exists()
 
+    def test_more_texts_than_there_is_memory_for(self, workspace: Workspace) -> None:
+        refusal = self.refusal(workspace.folder, "--max-concurrent", "1000000000")
+        assert "1,000,000,000 texts at once of up to 2,048 tokens" in refusal and "--max-concurrent" in refusal
+
     def test_a_port_that_is_taken(self, workspace: Workspace, server: Server) -> None:
         port = server.address.rpartition(":")[2]
         assert f"port {port}" in self.refusal(workspace.folder, "--port", port)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from config.errors import UserError
 from config.section import divisors
 from config.training import TrainingConfig
+from model.devices import free_memory
 from training import randomness
 from training.distributed import Process
 from training.parallelism import aside
@@ -41,7 +42,7 @@ def largest_micro_batch(
 
     Raises `UserError` where not even one sequence fits.
     """
-    room = (1.0 - MARGIN) * (_free(process.device) if memory is None else memory) - state_bytes
+    room = (1.0 - MARGIN) * (free_memory(process.device) if memory is None else memory) - state_bytes
     probe = _Probe(model, length, sample_rows, precision, process.device)
     found = 0
     with randomness.undisturbed():
@@ -147,24 +148,6 @@ def _none_fits(length: int, device: torch.device, rows: int = 1) -> UserError:
     return UserError(
         f"Not even one sequence of {length:,} tokens fits into the memory of {device.type}. Set "
         "training.gradient_checkpointing=full or a smaller training.sequence_length, or choose a smaller model."
-    )
-
-
-def _free(device: torch.device) -> int:
-    """Bytes that the device has left, with what PyTorch holds in reserve on it."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a device, or the machine, has no memory left."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 
 

@@ -11,6 +11,7 @@ from config.errors import UserError
 from config.schema import Config
 from data.data_loader import SampleSource
 from model.checkpoint import load_checkpoint
+from model.devices import is_out_of_memory
 from model.float8 import use_float8
 from model.transformer import Transformer
 from training import randomness
@@ -27,7 +28,7 @@ from training.optimizers import Optimizers, make_optimizers
 from training.parallelism import deal, parallelise
 from training.plan import Plan, make_plan
 from training.precision import Precision, require_float8
-from training.probing import is_out_of_memory, largest_micro_batch, memory_advice
+from training.probing import largest_micro_batch, memory_advice
 from training.profiling import PROFILE, Profile
 from training.record import Record
 from training.reproduction import weights_hash, write_result
