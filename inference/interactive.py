@@ -44,6 +44,8 @@ Type a text and press Enter: the model {does}. Alt-Enter begins a new line.
 Ctrl-C stops a text that is being written. Ctrl-D leaves. A text that begins with / needs a space before it.
 """
 
+LOADED = ("precision", "quantize", "compile")  # what the model is loaded with, and keeps
+
 
 class Session:
     """What the interactive mode remembers: settings and, with `chat`, the conversation."""
@@ -60,8 +62,9 @@ class Session:
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._start = self._config = config
         self._chat = chat
+        self._check(config)
+        self._start = self._config = config
         self._printer = printer
         self._slots = slots
         self._display = display
@@ -109,6 +112,8 @@ class Session:
 
     def _set(self, text: str) -> None:
         key, _, value = text.replace("=", " ", 1).partition(" ")
+        if key in LOADED:
+            raise UserError(f"{key} belongs to the loaded model. Start again with generation.{key}={value.strip()}.")
         try:
             parsed: Any = yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -119,15 +124,21 @@ class Session:
         check_beams(config.generation, [key])
         constraint_of(config.generation, self._tokenizer)
         with_token_ids(config.generation, self._tokenizer)
+        self._check(config)
         self._config = config
         self._say(f"{key} = {getattr(self.settings, key)!r}\n")
+
+    def _check(self, config: Config) -> None:
+        if self._chat and config.generation.num_samples > 1:
+            raise UserError(
+                "generation.num_samples: a conversation goes on from one answer. Set it to 1, or ask once by --prompt."
+            )
 
     def _answer(self, text: str) -> None:
         settings, context = with_token_ids(self.settings, self._tokenizer), self._model.config.context_length
         stop_tokens, messages = list[int](), list[Message]()
         if self._chat:
             messages = [*self._messages, {"role": "user", "content": text}]
-            settings = settings.model_copy(update={"num_samples": 1})
             room = min(settings.max_new_tokens, context // 2)
             prompt, dropped = chat_prompt(self._tokenizer, messages, context, room)
             if dropped:

@@ -87,6 +87,8 @@ def serve(
     config = resolve(recipe, [*(overrides or []), *given], print_config)
     if config.generation.beams > 1:
         raise UserError("generation.beams: the server gives texts as they are drawn. Set it to 1.")
+    if config.generation.num_samples > 1:
+        raise UserError("generation.num_samples: a request says by its field n how many texts it wants. Set it to 1.")
     body_limit, keys = size_of("--max-body", max_body), _keys(api_key_file)
     from inference.server.addresses import address_of, is_loopback, listen
 
@@ -100,6 +102,7 @@ def serve(
     calm_threads()
     from inference.engine import Engine
     from inference.loading import load_for_generation
+    from inference.prompting import check_form
     from inference.server.app import create_app
     from inference.server.limits import Limits
     from inference.server.logs import log_as_json
@@ -107,6 +110,7 @@ def serve(
     from inference.server.run import serve_until_signal
     from inference.server.service import Service
 
+    check_form(config.generation)
     with listen(host, port) as listener:
         log_as_json()
         loaded = load_for_generation(checkpoint, config, logging.getLogger("quern.server").info)
@@ -154,7 +158,7 @@ def _served(
     max_tokens: int | None,
 ) -> Served:
     """The model as its users see it."""
-    from inference.prompting import with_token_ids
+    from inference.prompting import constraint_of, with_token_ids
     from inference.server.answers import Defaults, ModelCard
     from inference.server.prompts import Served
 
@@ -173,7 +177,8 @@ def _served(
         defaults=Defaults(max_tokens=limit, **shared),
     )
     settings = with_token_ids(settings, loaded.tokenizer)
-    return Served(card, loaded.tokenizer, settings, max_prompt_tokens, max_tokens)
+    form = constraint_of(settings, loaded.tokenizer)
+    return Served(card, loaded.tokenizer, settings, max_prompt_tokens, max_tokens, form)
 
 
 def main() -> None:

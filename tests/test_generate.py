@@ -265,6 +265,16 @@ def test_texts_of_a_form(workspace: Workspace, capsys: pytest.CaptureFixture[str
     assert re.fullmatch("[0-9]{3} yes: no\n", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("line", ["quantize int8", "precision = bf16", "compile=true"])
+def test_what_a_model_is_loaded_with_is_not_set_later(workspace: Workspace, line: str) -> None:
+    out = io.StringIO()
+    session = Session(workspace.model, workspace.tokenizer, workspace.config, False, Printer(out), slots=1)
+    session.handle(f"/set {line}")
+    key, value = re.split("[ =]+", line)
+    assert out.getvalue() == f"{key} belongs to the loaded model. Start again with generation.{key}={value}.\n"
+    assert session.settings == workspace.config.generation
+
+
 def test_a_session_is_saved(workspace: Workspace, tmp_path: Path) -> None:
     generation = workspace.config.generation.model_copy(update={"seed": 3, "max_new_tokens": 5, "num_samples": 2})
     config = workspace.config.model_copy(update={"generation": generation})
@@ -441,6 +451,17 @@ class TestChat:
         alone = self.answer(chatty, [{"role": "user", "content": "You"}])
         assert alone != talk[-1]["content"]
         assert out.getvalue() == expected + f"Saved to {chatty.folder / 'talk.json'}.\n" + "Reset.\n" + line(alone)
+
+    def test_it_goes_on_from_one_answer(self, chatty: Workspace) -> None:
+        out = io.StringIO()
+        session = Session(chatty.model, chatty.tokenizer, chatty.config, True, Printer(out), slots=1)
+        session.handle("/set num_samples 2")
+        assert "a conversation goes on from one answer" in out.getvalue()
+        assert session.settings.num_samples == 1
+        generation = chatty.config.generation.model_copy(update={"num_samples": 2})
+        config = chatty.config.model_copy(update={"generation": generation})
+        with pytest.raises(UserError, match="generation.num_samples"):
+            Session(chatty.model, chatty.tokenizer, config, True, Printer(out), slots=1)
 
     def test_the_oldest_messages_go_when_the_context_is_full(self, chatty: Workspace) -> None:
         tokenizer = chatty.tokenizer

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from socket import socket
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from config.errors import UserError
 from inference.engine import Engine, Request
 from inference.sampling import SamplingSettings
 from inference.server.service import Service
@@ -129,3 +133,34 @@ class TestTruncation:
                 assert answer["choices"][0]["text"] == workspace.tokenizer.decode(tokens)
 
         asked(ask_all, max_prompt_tokens=20)
+
+
+class TestForms:
+    def test_a_request_without_a_form_gets_the_servers(self, asked: Callable[..., None], tmp_path: Path) -> None:
+        schema = tmp_path / "schema.json"
+        schema.write_text('{"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"]}')
+        body: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 14, "seed": 3}
+
+        def ask_for_digits(post: Post) -> None:
+            assert re.fullmatch("[0-9]{3}", text_of(post(**body)))
+            assert not re.match("[0-9]{3}", text_of(post(**body, response_format={"type": "text"})))
+            assert text_of(post(**body, response_format={"type": "json_object"})).startswith("{")
+
+        def ask_for_json(post: Post) -> None:
+            whole = {**body, "max_tokens": 200, "logit_bias": {str(place): -100 for place in (9, 10, 13, 32, 220)}}
+            assert isinstance(json.loads(text_of(post(**whole)))["n"], bool)
+
+        asked(ask_for_digits, "generation.regex='[0-9]{3}'")
+        asked(ask_for_json, f"generation.json_schema={schema}", "generation.context=slide")
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("generation.regex='(a'", "The regular expression '(a' cannot be used"),
+            ("generation.json_schema=nowhere.json", "nowhere.json is not a file"),
+            ("generation.num_samples=2", "generation.num_samples: a request says by its field n"),
+        ],
+    )
+    def test_what_is_refused(self, asked: Callable[..., None], override: str, message: str) -> None:
+        with pytest.raises(UserError, match=re.escape(message)):
+            asked(lambda post: None, override)

@@ -31,8 +31,8 @@ SHORT = 2000  # characters, or tokens, of a prompt
 class Served:
     """The model behind the server, and how it may be asked.
 
-    `settings` are what a request that leaves them out gets. `max_prompt_tokens` and `max_tokens` are None where the
-    context alone is the limit.
+    `settings` are what a request that leaves them out gets, `form` the one that they ask for. `max_prompt_tokens` and
+    `max_tokens` are None where the context alone is the limit.
     """
 
     card: ModelCard
@@ -40,6 +40,7 @@ class Served:
     settings: GenerationConfig
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
+    form: Constraint | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -185,7 +186,7 @@ def _task(
     settings = served.settings
     seed = body.seed if body.seed is not None else settings.seed
     first = secrets.randbits(63) if seed is None else seed
-    sampling, form = sampling_of(body, served), _form(body, served.tokenizer)
+    sampling, form = sampling_of(body, served), _form(body, served)
     stops = tuple(settings.stop if body.stops is None else body.stops)
     own_ends = stop_ids_of(settings) if body.stop_token_ids is None else body.stop_token_ids
     if (unknown := max(own_ends, default=0)) >= served.tokenizer.vocab_size:
@@ -214,9 +215,11 @@ def _task(
     return Task(requests, sum(len(ids) for ids in prompts), answer, trails)
 
 
-def _form(body: GenerationBody, tokenizer: Tokenizer) -> Constraint | None:
+def _form(body: GenerationBody, served: Served) -> Constraint | None:
     """The form that a text must keep to."""
-    asked = body.response_format
+    asked, tokenizer = body.response_format, served.tokenizer
+    if asked is None:
+        return served.form
     try:
         if isinstance(asked, ObjectFormat):
             return json_object(tokenizer)
