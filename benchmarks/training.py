@@ -13,8 +13,9 @@ product measured on the device, in whatever type.
 `same-seconds`: the loss after as many seconds as our recipe takes.
 
 Every model is scored by one function on every token of `val.bin`, with half a window of context or more. Seconds are
-those of the updates alone, compiling not counted. `--peer transformers` (Hugging Face's Trainer, needs `accelerate`)
-and `--peer litgpt` need no checkout; `--python` is an interpreter that has what peers import.
+those of the updates alone, compiling not counted; memory is the device's. `--peer transformers` (Hugging Face's
+Trainer, needs `accelerate`) and `--peer litgpt` need no checkout; `--python` is an interpreter that has what peers
+import.
 """
 
 from __future__ import annotations
@@ -256,13 +257,20 @@ def _ours(name: str, settings: Config, recipe: Path | None, overrides: list[str]
             rows = [json.loads(line) for line in log]
             per_update = rows[0]["tokens"]
             seconds = [per_update / row["tokens_per_second"] for row in rows]
+            device = choose_device(settings.training.device)
+            memory = peak_memory(device, [row["memory_bytes"] for row in rows], 1024 * int(peak.read_text()))
             model, _ = load_model(latest_checkpoint(Path(folder) / "checkpoints"))
             flops = model.flops_per_token(length)
             loss, bits = score_model(model, replace(_task(settings, "", ""), device="cpu")) if score else (None, None)
-            return Result(seconds, flops, 1024 * int(peak.read_text()), loss, bits)
+            return Result(seconds, flops, memory, loss, bits)
 
     final = load_config([recipe] if recipe else [], overrides).training
     return Contender(name, run_once, final.batch_size * length, final.max_steps or 0)
+
+
+def peak_memory(device: torch.device, logged: list[int], process: int) -> int:
+    """Bytes that the device held at most, as `training_peers` measures it: on a CPU those of the whole `process`."""
+    return max(logged) if device.type == "cuda" else process
 
 
 def _peak(settings: Config) -> float:

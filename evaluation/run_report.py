@@ -128,13 +128,24 @@ def _cost(run: RunFiles) -> list[tuple[str, str]]:
     """What the run has taken so far: arithmetic, memory, device-hours, and money where a price is given."""
     seconds, flops, memory = (run.last(key) for key in ("seconds", "flops", "memory_bytes"))
     price = run.config["training"].get("price_per_device_hour")
-    hours = (seconds or 0) * (run.environment[-1]["processes"] if run.environment else 1) / 3600
+    hours = _device_hours(run)
     return [
         ("floating-point operations", _number(flops, ".3g")),
         ("device-hours", _number(hours if seconds else None, ",.2f")),
         ("cost so far", _number(hours * price if price and seconds else None, ",.2f")),
         ("memory of a device, GB", "" if memory is None else f"{memory / 1e9:,.1f}"),
     ]
+
+
+def _device_hours(run: RunFiles) -> float:
+    """Of every process: a run may have gone on with another number of them than it had begun with."""
+    hours = before = 0.0
+    for row in run.metrics:
+        seconds = row.get("seconds") or before
+        starts = (start["processes"] for start in reversed(run.environment) if start["from_step"] < row["step"])
+        hours += (seconds - before) * next(starts, 1) / 3600
+        before = seconds
+    return hours
 
 
 def _changes(config: Any, default: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

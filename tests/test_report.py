@@ -53,6 +53,17 @@ def test_figures_come_from_the_metrics_until_there_is_an_evaluation(tmp_path: Pa
     assert (found["steps"], found["tokens trained on"]) == ("10", "10,240")
 
 
+def test_device_hours_count_the_processes_of_every_start(tmp_path: Path) -> None:
+    """Two processes, four that begin again at step 4 and are stopped, and one from step 8 on."""
+    run = make_run(tmp_path / "elastic", "training.price_per_device_hour=36")
+    starts = [(0, 2), (4, 3), (4, 4), (8, 1)]
+    (run / "environment.json").write_text(json.dumps([{"from_step": at, "processes": n} for at, n in starts]))
+    found = dict(figures(read_run(run)))
+    assert found["cost so far"] == "0.26", "4 seconds of 2, 4 of 4 and 2 of 1, at a hundredth each"
+    (run / "environment.json").write_text(json.dumps([{"from_step": 0, "processes": 3600}]))
+    assert dict(figures(read_run(run)))["device-hours"] == "10.00"
+
+
 def test_page_is_one_file_that_never_runs_what_a_model_wrote(tmp_path: Path) -> None:
     run = make_run(tmp_path / "first", "model.n_layers=3")
     (run / "samples.jsonl").write_text(json.dumps({"step": 10, "text": "<script>alert(1)</script> & more"}) + "\n")

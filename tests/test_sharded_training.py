@@ -153,6 +153,10 @@ class TestLayout:
         with pytest.raises(UserError, match="shard_group=3 does not divide the 8 shares"):
             make_layout(small_config("training.parallelism=hsdp", "training.shard_group=3"), 8)
 
+    def test_a_group_where_there_are_none(self) -> None:
+        with pytest.raises(UserError, match="shard_group is of training.parallelism=hsdp"):
+            make_layout(small_config("training.parallelism=fsdp", "training.shard_group=2"), 8)
+
     def test_slices_need_whole_heads(self) -> None:
         sliced = small_config("training.parallelism=fsdp", "training.tensor_parallel=2")
         assert make_layout(sliced, 8) == Layout(shard=4, tensor=2)

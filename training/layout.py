@@ -37,7 +37,7 @@ def make_layout(config: Config, world_size: int) -> Layout:
     """The layout that `training.parallelism`, `shard_group` and `tensor_parallel` ask of `world_size` processes.
 
     A shard group of `hsdp` spans, by default, the processes of one machine. Raises `UserError` where the numbers do not
-    divide.
+    divide, and where `fsdp` is given a group.
     """
     training = config.training
     if world_size == 1:
@@ -53,6 +53,11 @@ def make_layout(config: Config, world_size: int) -> Layout:
     if training.parallelism == "ddp":
         return Layout(replicate=data, tensor=tensor)
     if training.parallelism == "fsdp":
+        if training.shard_group is not None:
+            raise UserError(
+                "training.shard_group is of training.parallelism=hsdp; fsdp deals the model to all GPUs. Set "
+                "training.shard_group=null, or choose hsdp."
+            )
         return Layout(shard=data, tensor=tensor)
     shard = training.shard_group or max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) // tensor)
     if data % shard:
