@@ -101,8 +101,13 @@ class Crew:
             if not (same and _tell(state, _CALLED)):
                 _tell(state, _GONE)
                 assert self._others is not None
-                self._working[thread] = self._others.submit(work, thread, *crew, *arguments)
+                self._working[thread] = self._others.submit(_work, self._lines, work, thread, *crew, *arguments)
         work(0, *crew, *arguments)
         for thread, working in self._working.items():
             if self._lines[thread, 0] != _READY:
                 working.result()
+
+
+def _work(lines: Any, work: Callable[..., Any], *arguments: Any) -> None:
+    """Do work that looks at `lines`, which are held till it is over, also where the crew is forgotten before."""
+    work(*arguments)

@@ -135,6 +135,15 @@ def test_every_thread_of_a_crew_does_every_call_once(threads: int) -> None:
             time.sleep(0.05)
 
 
+def test_a_crew_that_is_forgotten_leaves_the_next_one_alone() -> None:
+    """Its threads still wait for a call, in memory that must not be another's yet."""
+    for turn in range(100):
+        crew, calls = Crew(2), np.zeros(2, np.int64)
+        for call in range(1 + turn % 3):
+            crew.run(count_calls, calls)
+            assert calls.tolist() == [call + 1] * 2
+
+
 @torch.inference_mode()
 def test_what_is_no_number_stays_none() -> None:
     model = make_model("rope, grouped queries", "int8")
