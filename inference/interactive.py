@@ -44,7 +44,7 @@ Type a text and press Enter: the model {does}. Alt-Enter begins a new line.
 Ctrl-C stops a text that is being written. Ctrl-D leaves. A text that begins with / needs a space before it.
 """
 
-LOADED = ("precision", "quantize", "compile")  # what the model is loaded with, and keeps
+LOADED = ("precision", "quantize", "compile", "context_length")  # what the model is loaded with, and keeps
 
 
 class Session:

@@ -265,7 +265,7 @@ def test_texts_of_a_form(workspace: Workspace, capsys: pytest.CaptureFixture[str
     assert re.fullmatch("[0-9]{3} yes: no\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("line", ["quantize int8", "precision = bf16", "compile=true"])
+@pytest.mark.parametrize("line", ["quantize int8", "precision = bf16", "compile=true", "context_length 8"])
 def test_what_a_model_is_loaded_with_is_not_set_later(workspace: Workspace, line: str) -> None:
     out = io.StringIO()
     session = Session(workspace.model, workspace.tokenizer, workspace.config, False, Printer(out), slots=1)
