@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
+import json.decoder
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from data.tokenization.probes import LANGUAGES
-from tests.small_runs import ROOT
 
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
@@ -36,7 +35,7 @@ def sentence_piece() -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
-    lines = [*LANGUAGES[:12], *(ROOT / "README.md").read_text().splitlines()]
+    lines = [*LANGUAGES[:12], *Path(json.decoder.__file__).read_text(encoding="utf-8").splitlines()]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_writer=model,
@@ -128,7 +127,10 @@ def write_tokenizer(folder: Path, kind: str, template: str | None = LLAMA2, **co
 
 
 def write_model(folder: Path, kind: str, family: str = "Llama", **options: Any) -> Any:
-    """A tiny model with that tokenizer in `folder`; returns the model."""
+    """A tiny model with that tokenizer in `folder`; returns the model.
+
+    It writes no single bytes, since of runs that are no UTF-8 `transformers` makes other texts than we do.
+    """
     import transformers
 
     write_tokenizer(folder, kind)
@@ -140,5 +142,7 @@ def write_model(folder: Path, kind: str, family: str = "Llama", **options: Any) 
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**shape, **sizes, **tokens, **options})
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight[3:259] = model.lm_head.weight[303:559] / 2
     model.save_pretrained(folder)
     return model

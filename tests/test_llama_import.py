@@ -140,11 +140,7 @@ def test_figures_equal_those_of_lm_eval_on_the_folder(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    model = write_model(tmp_path / "theirs", kind, max_position_embeddings=256)
-    with torch.no_grad():  # no bytes are written: of runs that are no UTF-8, transformers makes other texts
-        model.lm_head.weight[3:259] = model.lm_head.weight[303:559] / 2
-    model.save_pretrained(tmp_path / "theirs")
-    import_module("scripts.import").import_model("theirs", output=tmp_path / "ours")
+    bring_in(tmp_path, kind, max_position_embeddings=256)
     questions = [
         {"context": f"The {word} is", "choices": [f"{word}s", "the end", "  two"], "gold": number % 3}
         for number, word in enumerate(["mill", "café", "日本", "🙂", "quern", "stone"])
