@@ -6,7 +6,8 @@ that window. `None` is the plain case, for which attention has kernels of its ow
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -92,7 +93,19 @@ def _block_mask(
 
     batch, length = shape
     rows = None if documents is None else batch
-    return create_block_mask(visible, rows, None, length, length, device=device.type)
+    make = block_masks(device)
+    mask: BlockMask = make(visible, rows, None, length, length, device=device.type)
+    return mask
+
+
+def block_masks(device: torch.device) -> Callable[..., BlockMask]:
+    """`create_block_mask`, compiled on a GPU: else it would write out what every token sees of every other."""
+    return create_block_mask if torch.compiler.is_compiling() or device.type == "cpu" else _compiled_block_masks()
+
+
+@cache
+def _compiled_block_masks() -> Callable[..., BlockMask]:
+    return torch.compile(create_block_mask, dynamic=False)
 
 
 def _pieces(documents: Tensor) -> Pieces:

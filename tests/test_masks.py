@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from config.errors import UserError
 from config.load import load_config
 from model.attention import attend
-from model.masks import Pieces, causal_masks, flex_takes
+from model.masks import Pieces, block_masks, causal_masks, flex_takes
 from model.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -178,3 +181,26 @@ class TestWindow:
         plain, narrow = small_model("n_layers=4"), small_model("n_layers=4", "window=16", "window_pattern=SSSL")
         assert plain.flops_per_token(64) - narrow.flops_per_token(64) == 12 * 32 * 3 * (64 - 16)
         assert plain.flops_per_token(8) == narrow.flops_per_token(8)
+
+
+def test_block_masks_of_a_gpu_are_compiled_once_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the compilation but its kernels, over other documents and two windows in turn."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    compiled, plain = (block_masks(torch.device(kind)) for kind in ("cuda", "cpu"))
+    assert compiled is not plain
+    graphs = []
+    for seed in range(3):
+        draws = torch.rand(2, 512, generator=torch.Generator().manual_seed(seed)) < 0.02
+        documents = draws.cumsum(1, dtype=torch.int32)
+        for window in (512, 128):
+
+            def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                near = (query >= key) & (query - key < window)
+                return near & (documents[row, query] == documents[row, key])
+
+            found, wanted = (make(visible, 2, None, 512, 512, device="cpu") for make in (compiled, plain))
+            for part in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "q_num_blocks", "q_indices"):
+                assert torch.equal(getattr(found, part), getattr(wanted, part)), part
+            assert found.mask_mod is visible
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1]
