@@ -48,6 +48,7 @@ BEFORE: dict[str, Any] = {
         "quantize": "none",
         "compile": False,
         "context_length": None,
+        "prompt_lookup_tokens": 0,
     },
 }
 

@@ -165,6 +165,7 @@ class GenerationConfig(Section):
     quantize: Literal["none", "int8", "int4"]
     compile: bool
     context_length: PositiveInt | None
+    prompt_lookup_tokens: Annotated[int, Field(ge=0, le=64)]
 
     @model_validator(mode="after")
     def _combinations(self) -> GenerationConfig:

@@ -4,6 +4,7 @@ of the time of a token: torch.compile makes few of them, and CUDA graphs launch 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -18,8 +19,11 @@ from model.transformer import Transformer
 class CompiledRunner:
     """A `Runner`. Single tokens of all rows go through one graph; longer chunks, padded to `BLOCK`, through another.
 
-    `backend` is one of torch.compile's. Chunks too near to the end of the cache for the padding run uncompiled.
+    `backend` is one of torch.compile's. Chunks too near to the end of the cache for the padding run uncompiled. There
+    is no graph for a few tokens of a row, so none are guessed.
     """
+
+    token_cost = math.inf
 
     def __init__(self, model: Transformer, cache: KVCache, backend: str = "inductor") -> None:
         config, device = model.config, cache.keys.device

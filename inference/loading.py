@@ -17,7 +17,7 @@ from data.tokenization.matching import matching_tokenizer
 from inference.cpu import CPUModel
 from inference.memory import settle_
 from inference.quantization import quantize_
-from inference.runners import Chunk, CPURunner
+from inference.runners import SMALL, Chunk, CPURunner
 from model.cache import KVCache
 from model.checkpoint import CheckpointInfo, load_model
 from model.checkpoint_folder import resolve_checkpoint
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from data.tokenization import Tokenizer
 
 SLOW = 5.0  # seconds; machine code from an earlier run is loaded in less
-ONE_THREAD_BELOW = 16_000_000  # parameters: products of a smaller model take less time than waking other threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ def load_for_generation(checkpoint: str, config: Config, say: Callable[[str], ob
         _limit_context(model, config.generation.context_length)
     quantize_(model, config.generation.quantize)
     settle_(model)
-    if device.type == "cpu" and model.num_parameters() < ONE_THREAD_BELOW:
+    if device.type == "cpu" and model.num_parameters() < SMALL:
         torch.set_num_threads(1)
     places = [config.data.tokenizer_dir, info.config["data"]["tokenizer_dir"]]
     tokenizer = matching_tokenizer(info.tokenizer_fingerprint, [Path(place) for place in places])

@@ -76,5 +76,7 @@ def write_once(
         if display.coloured:
             print(legend())
         tokens, how = samples.tokens, f"seed {seed}"
+        if engine.proposed_tokens:
+            how = f"{engine.accepted_tokens:,} of {engine.proposed_tokens:,} looked-up tokens accepted, {how}"
     seconds = time.monotonic() - started
     print(f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} a second), {how}. {NEXT}", file=sys.stderr)

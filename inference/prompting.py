@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]  # "role" (system, user or assistant) and "content"
 
-_DRAWING = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1}  # with the values that are none
+# With the values that are none.
+_DRAWN = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1, "prompt_lookup_tokens": 0}
 
 
 def make_requests(
@@ -65,13 +66,14 @@ def make_requests(
             logprobs=logprobs,
             constraint=constraint,
             answer=answer,
+            prompt_lookup_tokens=settings.prompt_lookup_tokens,
         )
         for sample in range(settings.num_samples)
     ]
 
 
 def check_beams(settings: GenerationConfig, given: Collection[str] = ()) -> None:
-    """Raise `UserError` where texts are to be searched for by beams, and a setting was made that only drawing has.
+    """Raise `UserError` where texts are to be searched for by beams, and a setting was made that only drawn texts have.
 
     That is one whose value is not the shipped one, or which is among the keys `given`.
     """
@@ -83,12 +85,13 @@ def check_beams(settings: GenerationConfig, given: Collection[str] = ()) -> None
             "stop), or set beams to 1."
         )
     shipped = load_config().generation
-    for key, off in _DRAWING.items():
+    for key, off in _DRAWN.items():
         value = getattr(settings, key)
         if value != off and (key in given or value != getattr(shipped, key)):
+            why = "checks no guesses" if key == "prompt_lookup_tokens" else "draws nothing by chance"
             raise UserError(
-                f"generation.{key}: a beam search draws nothing by chance, so {value} could do nothing. Leave it out "
-                f"(or set it to {off}), or set beams to 1."
+                f"generation.{key}: a beam search {why}, so {value} could do nothing. Leave it out (or set it to "
+                f"{off}), or set beams to 1."
             )
 
 

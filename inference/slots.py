@@ -30,6 +30,8 @@ class Slot:
     """A row and its text `ids`, which its owner lets grow; the first `done` tokens of the window are in the cache.
 
     The first `large` of them went through the model as whole blocks, whose last bits are not those of the kernels.
+    `guesses` are tokens that may follow. Where the text is through but for its last token, the next step runs them
+    along, as far as the window has room, and leaves those here that it ran.
     """
 
     row: int
@@ -37,11 +39,21 @@ class Slot:
     start: int = 0
     done: int = 0
     large: int = 0
+    guesses: list[int] = field(default_factory=list)
 
     @property
     def window(self) -> list[int]:
         """The tokens that the model sees."""
         return self.ids[self.start :]
+
+    def append(self, token: int) -> bool:
+        """Let the text grow; returns whether the token is the next of the guesses, so that it is through already."""
+        self.ids.append(token)
+        if not self.guesses or self.guesses[0] != token:
+            self.guesses = []
+            return False
+        self.done, self.guesses = self.done + 1, self.guesses[1:]
+        return True
 
 
 @dataclass(slots=True)
@@ -72,6 +84,11 @@ class Slots:
     def free(self) -> int:
         """How many rows can be taken."""
         return len(self._free)
+
+    @property
+    def token_cost(self) -> float:
+        """What a further token adds to the time of a step; see `Runner`."""
+        return self._runner.token_cost
 
     def take(self, ids: list[int]) -> Slot:
         """A row for a text of at least one token: the free one that holds most of its beginning."""
@@ -104,15 +121,18 @@ class Slots:
         self._free[slot.row] = _Left(slot.window[: slot.done], min(slot.large, slot.done))
 
     def step(self) -> tuple[list[Slot], Tensor | None]:
-        """Run what is due; returns the slots all of whose tokens are through, and the logits `(slots, vocab_size)`.
+        """Run what is due; returns the slots all of whose tokens are through, and the logits after these.
 
-        The logits may be overwritten by the next step.
+        There is a row of logits for each slot, and for each of its guesses that were run one more, in their order:
+        `(slots + guesses, vocab_size)`. They may be overwritten by the next step.
         """
         chunks: list[tuple[Slot, Chunk]] = []
         filled = 0
         for slot in self._taken:
             self._slide(slot)
             count = len(slot.ids) - slot.start - slot.done
+            room = self._context - (len(slot.ids) - slot.start)
+            slot.guesses = slot.guesses[:room] if count == 1 else []
             if count > 1:
                 if filled >= FILLED_PER_STEP or self._waits(slot):
                     continue
@@ -122,15 +142,22 @@ class Slots:
                 filled += count
             assert count >= 1, "a row is left nothing to compute"
             begin = slot.start + slot.done
-            chunks.append((slot, Chunk(slot.row, slot.done, slot.ids[begin : begin + count])))
+            tokens = slot.ids[begin : begin + count] + slot.guesses
+            chunks.append((slot, Chunk(slot.row, slot.done, tokens, 1 + len(slot.guesses))))
         if not chunks:
             return [], None
         logits = self._runner.run([chunk for _, chunk in chunks])
+        ready: list[Slot] = []
+        rows: list[int] = []
+        count = 0
         for slot, chunk in chunks:
-            slot.done += len(chunk.tokens)
+            slot.done += len(chunk.tokens) - len(slot.guesses)
             self.computed += len(chunk.tokens)
-        ready = [place for place, (slot, _) in enumerate(chunks) if slot.start + slot.done == len(slot.ids)]
-        return [chunks[place][0] for place in ready], logits if len(ready) == len(chunks) else logits[ready]
+            if slot.start + slot.done == len(slot.ids):
+                ready.append(slot)
+                rows += range(count, count + chunk.wanted)
+            count += chunk.wanted
+        return ready, logits if len(rows) == count else logits[rows]
 
     def _slide(self, slot: Slot) -> None:
         start = window_start(len(slot.ids), self._context)

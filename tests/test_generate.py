@@ -256,6 +256,16 @@ def test_options_reach_the_sampling(workspace: Workspace, capsys: pytest.Capture
     assert capsys.readouterr().out == line(PROMPT + whole[: whole.index(stop)])
 
 
+def test_a_text_that_repeats_itself_is_looked_up(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    options: dict[str, Any] = {"prompt": PROMPT, "logit_bias": ["e=100"], "max_new_tokens": 60, "seed": 3}
+    generate(**options)
+    shown = capsys.readouterr()
+    found = re.search(r"\), (\d+) of (\d+) looked-up tokens accepted, seed 3\.", shown.err)
+    assert shown.out == f"{PROMPT}{'e' * 60}\n" and found and 30 < int(found[1]) <= int(found[2])
+    generate(["generation.prompt_lookup_tokens=0"], **options)
+    assert "looked-up" not in capsys.readouterr().err
+
+
 def test_texts_of_a_form(workspace: Workspace, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"]}')

@@ -88,6 +88,18 @@ class TestCompletions:
         settings: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 5, "temperature": 0}
         assert client.completions.create(**settings, logit_bias={str(token): 100}).choices[0].text == "eeeee"
 
+    def test_a_text_that_repeats_itself_is_looked_up(
+        self, client: openai.OpenAI, server: Server, workspace: Workspace
+    ) -> None:
+        [token] = workspace.tokenizer.encode("e")
+        names = ("quern_proposed_tokens_total", "quern_accepted_tokens_total")
+        before = [server.metric(name) for name in names]
+        settings: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 60, "temperature": 0}
+        answer = client.completions.create(**settings, logit_bias={str(token): 100})
+        assert answer.choices[0].text == "e" * 60
+        proposed, accepted = (server.metric(name) - old for name, old in zip(names, before, strict=True))
+        assert 30 < accepted <= proposed
+
     def test_probabilities(self, client: openai.OpenAI, workspace: Workspace) -> None:
         settings: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 30, "seed": 3, "logprobs": 2}
         choice = client.completions.create(**settings).choices[0]

@@ -33,6 +33,10 @@ class Metrics:
         )
         self.prompt_tokens = Counter("quern_prompt_tokens", "Tokens of prompts.", registry=registry)
         self.generated_tokens = Counter("quern_generated_tokens", "Tokens written.", registry=registry)
+        self.proposed_tokens = Counter(
+            "quern_proposed_tokens", "Tokens looked up in prompt and text, and checked.", registry=registry
+        )
+        self.accepted_tokens = Counter("quern_accepted_tokens", "Those of them that were right.", registry=registry)
         self.request_seconds = _histogram(
             "request", "From the first byte of a request to the last of its answer.", registry
         )

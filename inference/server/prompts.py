@@ -205,6 +205,7 @@ def _task(
             logprobs=body.alternatives,
             constraint=form,
             answer=isinstance(body, ChatBody),
+            prompt_lookup_tokens=settings.prompt_lookup_tokens,
         )
         for ids in prompts
         for choice in range(body.n)

@@ -223,12 +223,15 @@ class Service:
             return
         self._ready.put(None)
         while self._obey(engine):
+            before = engine.proposed_tokens, engine.accepted_tokens
             try:
                 pieces = engine.step()
             except Exception as error:
                 self._recover(engine, error)
             else:
                 self.healthy = True
+                self.metrics.proposed_tokens.inc(engine.proposed_tokens - before[0])
+                self.metrics.accepted_tokens.inc(engine.accepted_tokens - before[1])
                 self._hand_out(pieces)
 
     def _obey(self, engine: Engine) -> bool:
