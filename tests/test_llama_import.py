@@ -15,6 +15,9 @@ import torch
 
 import sentencepiece
 from config.errors import UserError
+from data.examples.encoding import encode_examples
+from data.examples.preferences import PreferenceExample
+from data.examples.reading import CompletionExample
 from data.tokenization import load_tokenizer
 from data.tokenization.probes import LANGUAGES, probe_texts
 from evaluation.downstream import read_results
@@ -43,6 +46,24 @@ def bring_in(folder: Path, kind: str, family: str = "Llama", length: int | None 
     theirs = write_model(folder / "theirs", kind, family, **options)
     import_module("scripts.import").import_model(str(folder / "theirs"), output=folder / "ours", context_length=length)
     return theirs
+
+
+def test_a_prompt_that_is_cut_keeps_the_token_that_begins_every_text(tmp_path: Path) -> None:
+    bring_in(tmp_path, "first")
+    _, info = load_model(tmp_path / "ours/model_step_0.pt")
+    tokenizer = load_tokenizer(Path(info.config["data"]["tokenizer_dir"]))
+    asked, said = "All human beings are born free and equal " * 3, "The end"
+    prompt, ending = tokenizer.encode(asked), [*tokenizer.encode(said, continued=True), tokenizer.end_of_text_id]
+    pair = PreferenceExample("b:1", asked, said, "The")
+    found = encode_examples(tokenizer, [CompletionExample("a:1", asked, said), pair], len(ending) + 5, "truncate")
+    assert found.shortened == 2 and len(prompt) > 6
+    for sample in found.samples[:2]:
+        assert sample.ids.tolist() == [1, *prompt[-5:], *ending] and sample.trained.sum() == len(ending)
+    assert found.samples[2].ids[:6].tolist() == [1, *prompt[-5:]]
+    alone = CompletionExample("a:2", asked, said)
+    assert len(encode_examples(tokenizer, [alone], len(ending), "truncate").samples[0].ids) == len(ending) + 1
+    with pytest.raises(UserError, match="All 1 examples are longer"):
+        encode_examples(tokenizer, [alone], len(ending) - 1, "truncate")
 
 
 @pytest.mark.parametrize(

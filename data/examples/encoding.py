@@ -157,9 +157,9 @@ def _shortened(
     elif isinstance(example, ChatExample):
         yield from _latest_turns(tokenizer, example, limit, result)
     elif isinstance(example.prompt, str):
-        cut = max(len(side.ids) for side in encoded) - limit
-        if all(side.trained.sum() < len(side.ids) - cut for side in encoded):
-            yield from (Encoded(side.ids[cut:], side.trained[cut:]) for side in encoded)
+        cut, first = max(len(side.ids) for side in encoded) - limit, len(tokenizer.prefix_ids)
+        if all(side.trained.sum() + cut + max(first, 1) <= len(side.ids) for side in encoded):
+            yield from (Encoded(*(np.delete(part, slice(first, first + cut)) for part in side)) for side in encoded)
     else:
         yield from _latest_prompt(tokenizer, example, limit)
 
