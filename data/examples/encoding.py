@@ -159,7 +159,8 @@ def _shortened(
     elif isinstance(example.prompt, str):
         cut, first = max(len(side.ids) for side in encoded) - limit, len(tokenizer.prefix_ids)
         if all(side.trained.sum() + cut + max(first, 1) <= len(side.ids) for side in encoded):
-            yield from (Encoded(*(np.delete(part, slice(first, first + cut)) for part in side)) for side in encoded)
+            lost = slice(first, first + cut)
+            yield from (Encoded(np.delete(side.ids, lost), np.delete(side.trained, lost)) for side in encoded)
     else:
         yield from _latest_prompt(tokenizer, example, limit)
 
