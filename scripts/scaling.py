@@ -12,10 +12,13 @@ from config.command import Overrides, PrintConfig, Recipe, resolve, run, table_c
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from training.isoflop import IsoFlop
     from training.ladder import Ladder
-    from training.power_law import Fit, Parabola, Point
+    from training.power_law import Fit, Point
 
-File = Annotated[Path, typer.Argument(metavar="LADDER.yaml", help="Sizes and budgets of tokens.", show_default=False)]
+File = Annotated[
+    Path, typer.Argument(metavar="LADDER.yaml", help="Sizes and budgets of tokens or FLOPs.", show_default=False)
+]
 Measure = Annotated[
     bool, typer.Option("--measure", help="Train the run that is predicted, too, and say how it came out.")
 ]
@@ -28,7 +31,7 @@ def scaling(
     recipe: Recipe = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Train a ladder of sizes and budgets of tokens, and fit how the loss falls with both.
+    """Train a ladder of sizes and budgets of tokens or FLOPs, and fit how the loss falls with both.
 
     Every run is an ordinary one in runs/, trained once: type the command again after an
     interruption, or with more sizes or budgets in the file. --config lies under the
@@ -36,15 +39,16 @@ def scaling(
     """
     if print_config:
         resolve(recipe, overrides, print_config)
+    from training.isoflop import fit_isoflop
     from training.ladder import measured, read_ladder, train_all, write_results
     from training.ladder_plots import plot_ladder
-    from training.power_law import fit_law, isoflop_parabolas
+    from training.power_law import fit_law
 
     plan = read_ladder(ladder, overrides or [], recipe)
     train_all(plan.runs, print)
     points = {each.name: measured(each) for each in plan.runs}
-    fit, parabolas = fit_law(list(points.values())), isoflop_parabolas(list(points.values()))
-    _show(points, fit, parabolas)
+    fit, isoflop = fit_law(list(points.values())), fit_isoflop(list(points.values()))
+    _show(points, fit, isoflop)
     outcome = None
     if plan.predicted is not None:
         _predict(plan, fit)
@@ -56,18 +60,17 @@ def scaling(
             print(
                 f"It came to {outcome.loss:.4f}: the prediction is {abs(off):.4f} too {'high' if off > 0 else 'low'}."
             )
-    write_results(plan, points, fit, parabolas)
-    plot_ladder(list(points.values()), fit.law, parabolas, plan.directory / "scaling.png", outcome)
+    write_results(plan, points, fit, isoflop)
+    plot_ladder(list(points.values()), fit.law, isoflop.parabolas, plan.directory / "scaling.png", outcome)
     print(f"Written to {plan.directory}/: scaling.json, scaling.png.")
 
 
-def _show(points: Mapping[str, Point], fit: Fit, parabolas: list[Parabola]) -> None:
+def _show(points: Mapping[str, Point], fit: Fit, isoflop: IsoFlop) -> None:
     from operator import attrgetter
 
     from rich.table import Table
 
     from training.console import count
-    from training.power_law import optimal_exponent
 
     table = Table("run", "parameters", "tokens", "FLOPs", "loss", "the law's", title="The ladder")
     for name, point in points.items():
@@ -89,13 +92,17 @@ def _show(points: Mapping[str, Point], fit: Fit, parabolas: list[Parabola]) -> N
         table.add_row(label, f"{getattr(fit.law, key):.4g}", f"{low:.4g} to {high:.4g}")
     table_console().print(table)
     print(f"Root mean square of the relative error: {fit.error:.2%}.")
-    for each in parabolas:
+    for each in isoflop.parabolas:
+        between = each.parameters_interval
+        likely = f" (95 % interval {count(between[0])} to {count(between[1])})" if between else " (interval unknown)"
         print(
-            f"At {each.flops:.2g} FLOPs the parabola is lowest at {count(each.parameters)} parameters: {each.loss:.4f}."
+            f"At {each.flops:.2g} FLOPs the parabola is lowest at {count(each.parameters)} parameters{likely}: "
+            f"{each.loss:.4f}."
         )
-    exponent = optimal_exponent(parabolas)
-    if exponent is not None:
-        print(f"By the parabolas, the best parameters grow as FLOPs to the {exponent:.2f}.")
+    if isoflop.exponent is not None:
+        low_high = isoflop.exponent_interval
+        likely = f"95 % interval {low_high[0]:.2f} to {low_high[1]:.2f}" if low_high else "interval unknown"
+        print(f"By the parabolas, the best parameters grow as FLOPs to the {isoflop.exponent:.2f} ({likely}).")
 
 
 def _predict(plan: Ladder, fit: Fit) -> None:
@@ -104,7 +111,7 @@ def _predict(plan: Ladder, fit: Fit) -> None:
 
     assert plan.predicted is not None
     parameters, tokens = size_and_tokens(plan)
-    low, high = fit.interval(lambda law: law.loss(parameters, tokens))
+    low, high = fit.prediction(parameters, tokens)
     print(
         f"{plan.predicted.name}, {count(parameters)} parameters and {count(tokens)} tokens: predicted loss "
         f"{fit.law.loss(parameters, tokens):.4f}, 95 % interval {low:.4f} to {high:.4f}."

@@ -15,6 +15,7 @@ from config.load import save_config, with_vocab_size
 from scripts.scaling import scaling
 from tests.commands import here
 from tests.small_runs import SMALL, kill_when, start, write_corpus
+from training.estimate import Sizes
 from training.ladder import parameters_of, read_ladder
 from training.power_law import Law
 
@@ -65,6 +66,7 @@ def test_the_law_of_finished_runs_predicts_a_larger_one_and_no_run_is_repeated(
     assert outcome is not None and float(found[1]) == pytest.approx(float(outcome[1]), rel=0.02)
     written = json.loads(Path("runs/steps/scaling.json").read_text())
     assert written["law"]["token_exponent"] == pytest.approx(LAW.token_exponent, rel=0.1)
+    assert written["prediction"]["interval"] == pytest.approx([float(found[1])] * 2, rel=0.02)
     assert len(written["runs"]) == 9 and "steps-predicted" not in written["runs"]
     assert Path("runs/steps/scaling.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="steps-w16-1K was made with training.seed=1337, which is now 2"):
@@ -77,6 +79,9 @@ def test_the_law_of_finished_runs_predicts_a_larger_one_and_no_run_is_repeated(
         ({"size": {}}, "there is no key 'size'. Did you mean 'sizes'?"),
         ({"sizes": {}}, "the key 'sizes' is missing or empty"),
         ({"tokens": "1M"}, "tokens must be a list"),
+        ({"tokens": None}, "the key 'tokens' is missing or empty; give it, or flops, or both"),
+        ({"flops": "1e9"}, "flops must be a list of budgets, such as [1e13, 4e13]"),
+        ({"flops": [1e3]}, "a budget of 1000.0 flops is less than one step of 256 tokens"),
         ({"tokens": ["1X"]}, "tokens=1X: give a number above 0"),
         ({"tokens": [10]}, "a budget of 10 tokens is less than one step of 256"),
         ({"sizes": {"a": {"model.d_modle": 16}}}, "d_modle: there is no such key. Did you mean 'd_model'"),
@@ -88,6 +93,18 @@ def test_a_mistake_in_the_file_is_told_before_any_run(changes: dict[str, Any], m
     with pytest.raises(UserError, match=re.escape(message)):
         scaling(write(**changes))
     assert not Path("runs").exists()
+
+
+def test_budgets_of_flops_give_each_size_its_tokens() -> None:
+    ladder = read_ladder(write(tokens=None, flops=[2e9, 8e9]))
+    assert [run.name for run in ladder.runs][:2] == ["steps-w16-2e9flops", "steps-w16-8e9flops"]
+    for run in ladder.runs:
+        sizes = Sizes(run.config)
+        flops = (run.config.training.max_steps or 0) * 256 * sizes.flops_per_token
+        wanted = 8e9 if run.name.endswith("8e9flops") else 2e9
+        assert flops == pytest.approx(wanted, abs=0.51 * 256 * sizes.flops_per_token)
+    steps = [run.config.training.max_steps or 0 for run in ladder.runs[1::2]]
+    assert steps[0] > 1.3 * steps[1] > 1.3 * steps[2]
 
 
 @pytest.mark.slow

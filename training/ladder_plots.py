@@ -9,7 +9,8 @@ import numpy as np
 
 from config.files import atomic_write
 from training.console import count
-from training.power_law import Law, Parabola, Point
+from training.isoflop import Parabola
+from training.power_law import Law, Point
 
 
 def plot_ladder(
@@ -55,6 +56,8 @@ def plot_ladder(
     for parabola in parabolas:
         right.plot(across, np.polyval(parabola.curve, np.log(across)), linewidth=1, color="#636363")
         right.plot([parabola.parameters], [parabola.loss], "x", color="#e6550d")
+        if parabola.parameters_interval is not None:
+            right.plot(parabola.parameters_interval, [parabola.loss] * 2, color="#e6550d", linewidth=2, alpha=0.6)
     right.set_xscale("log")
     right.set_xlabel("parameters")
     losses = [point.loss for point in points]

@@ -1,7 +1,7 @@
 """How loss falls with size and data: the law fitted to runs, with intervals, and what it predicts of a larger run.
 
 L(N, D) = E + A / N**alpha + B / D**beta, for N parameters and D tokens: approach 3 of Hoffmann et al., 2022
-(https://arxiv.org/abs/2203.15556), and IsoFLOP parabolas, their approach 2.
+(https://arxiv.org/abs/2203.15556).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from config.errors import UserError
 
-FEWEST = 6  # runs: one more than the law has numbers
+FITTED = 5  # numbers that the law has
+FEWEST = FITTED + 1  # runs
 DELTA = 1e-3  # where Huber's loss of log-losses turns from squares to absolute values, as in the paper
 RESAMPLES = 100
 # Where the fits start: the paper's grid, thinned; a and b are log A and log B, e is log E.
@@ -57,15 +58,30 @@ class Law:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The law of the runs, those of resampled runs, and the root mean square of its relative errors."""
+    """The law of the runs, those of resampled runs, and by how much the logarithm of each loss is above the law's."""
 
     law: Law
     resampled: Sequence[Law]
-    error: float
+    residuals: Sequence[float]
+
+    @property
+    def error(self) -> float:
+        """The root mean square of the relative errors."""
+        return math.sqrt(float(np.mean(np.square(np.expm1(np.negative(self.residuals))))))
 
     def interval(self, figure: Any) -> tuple[float, float]:
         """Of what the function `figure` makes of a law: 95 % of the resampled laws lie between."""
         low, high = np.quantile([figure(law) for law in self.resampled], [0.025, 0.975])
+        return float(low), float(high)
+
+    def prediction(self, parameters: float, tokens: float) -> tuple[float, float]:
+        """Where 95 % of runs of that size on that data come to: the law is uncertain, and runs lie about it.
+
+        Every resampled law with every residual, made larger by what five fitted numbers take from them.
+        """
+        scale = math.sqrt(len(self.residuals) / (len(self.residuals) - FITTED))
+        laws = np.array([law.loss(parameters, tokens) for law in self.resampled])
+        low, high = np.quantile(np.outer(laws, np.exp(scale * np.array(self.residuals))), [0.025, 0.975])
         return float(low), float(high)
 
 
@@ -90,8 +106,7 @@ def fit_law(points: Sequence[Point], seed: int = 0, resamples: int = RESAMPLES) 
         if all(len(set(drawn[:, column])) > 1 for column in (0, 1)):
             resampled.append(_law(_minimise(drawn, best)[0]))
     law = _law(best)
-    errors = [law.loss(p.parameters, p.tokens) / p.loss - 1 for p in points]
-    return Fit(law, resampled, math.sqrt(float(np.mean(np.square(errors)))))
+    return Fit(law, resampled, [math.log(p.loss / law.loss(p.parameters, p.tokens)) for p in points])
 
 
 def _law(solution: NDArray[Any]) -> Law:
@@ -126,44 +141,3 @@ def _huber(solution: NDArray[Any], logs: NDArray[Any]) -> tuple[float, NDArray[A
     by_exponent = -(pull[0] * logs[:, 0]).sum(), -(pull[1] * logs[:, 1]).sum()
     scale = 1 / DELTA  # so that the optimiser's tolerances, which are absolute, are tight
     return float(loss * scale), np.array([*by_term, *by_exponent]) * scale
-
-
-class Parabola(NamedTuple):
-    """The least of losses of about the same FLOPs, as a parabola of log N has it; its curve is (c2, c1, c0)."""
-
-    flops: float
-    parameters: float
-    loss: float
-    curve: tuple[float, float, float]
-
-
-def isoflop_parabolas(points: Sequence[Point], within: float = 0.15) -> list[Parabola]:
-    """A parabola through every group of three runs or more of about the same FLOPs, where its least is among them.
-
-    FLOPs that differ by less than `within` of themselves are about the same.
-    """
-    groups: list[list[Point]] = []
-    for point in sorted(points, key=lambda point: point.flops):
-        if groups and point.flops <= groups[-1][0].flops * (1 + within):
-            groups[-1].append(point)
-        else:
-            groups.append([point])
-    found = []
-    for group in groups:
-        sizes = np.log([point.parameters for point in group])
-        if len(set(sizes)) < 3:
-            continue
-        c2, c1, c0 = map(float, np.polyfit(sizes, [point.loss for point in group], 2))
-        lowest = -c1 / (2 * c2) if c2 > 0 else math.inf
-        if sizes.min() <= lowest <= sizes.max():
-            flops = float(np.exp(np.mean(np.log([point.flops for point in group]))))
-            found.append(Parabola(flops, math.exp(lowest), c0 - c1**2 / (4 * c2), (c2, c1, c0)))
-    return found
-
-
-def optimal_exponent(parabolas: Sequence[Parabola]) -> float | None:
-    """a in: the best number of parameters grows as FLOPs**a, by the parabolas; None for fewer than two."""
-    if len(parabolas) < 2:
-        return None
-    flops, sizes = (np.log([getattr(each, key) for each in parabolas]) for key in ("flops", "parameters"))
-    return float(np.polyfit(flops, sizes, 1)[0])
