@@ -84,6 +84,15 @@ def once_per_version(read: Callable[[Path], T]) -> Callable[[Path], T]:
     return remembering
 
 
+def checksum_of(path: Path) -> str | None:
+    """The checksum that a file is sealed with, as it stands there; None where it has none."""
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - COMMENT))
+        label, _, checksum = file.read().rpartition(LABEL)
+    return checksum.decode() if not label and len(checksum) == COMMENT - len(LABEL) else None
+
+
 def is_intact(path: Path) -> bool | None:
     """Whether the file holds what was written; None where it has no checksum. Reads the whole file."""
     with open(path, "rb") as file:

@@ -178,7 +178,17 @@ def _served(
     )
     settings = with_token_ids(settings, loaded.tokenizer)
     form = constraint_of(settings, loaded.tokenizer)
-    return Served(card, loaded.tokenizer, settings, max_prompt_tokens, max_tokens, form)
+    return Served(card, loaded.tokenizer, _weights(loaded), settings, max_prompt_tokens, max_tokens, form)
+
+
+def _weights(loaded: Loaded) -> str:
+    """What tells the weights from others: their checksum, or size and time of a checkpoint without, type and device."""
+    from model.archive import checksum_of
+
+    path, table = loaded.info.path, loaded.model.token_embedding.weight
+    found = path.stat()
+    checksum = checksum_of(path) if path.is_file() else None
+    return f"{checksum or (found.st_size, found.st_mtime_ns)} {table.dtype} {table.device.type}"
 
 
 def main() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -387,3 +389,26 @@ def test_a_smaller_context_is_that_of_the_server(workspace: Workspace, monkeypat
         assert refused.json()["error"]["code"] == "context_length_exceeded"
 
     serve_here(workspace.folder, monkeypatch, look, context_length=len(prompt) + 5)
+
+
+def test_the_fingerprint_changes_with_what_changes_a_text(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other weights too, in a file of the same name, size and time."""
+    prints: list[str] = []
+
+    def look(http: TestClient) -> None:
+        answer = http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1})
+        prints.append(answer.json()["system_fingerprint"])
+
+    other = server_workspace(tmp_path, "training.seed=2")
+    found = workspace.checkpoint.stat()
+    os.utime(other.checkpoint, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert found.st_size == other.checkpoint.stat().st_size
+    for override in ("generation.quantize=none", "generation.quantize=int8", "generation.precision=bf16"):
+        serve_here(workspace.folder, monkeypatch, look, override)
+    serve_here(workspace.folder, monkeypatch, look, "generation.stop=[END]")
+    serve_here(other.folder, monkeypatch, look)
+    assert len(set(prints)) == 5
+    serve_here(workspace.folder, monkeypatch, look)
+    assert prints[-1] == prints[0]

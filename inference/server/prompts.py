@@ -31,12 +31,14 @@ SHORT = 2000  # characters, or tokens, of a prompt
 class Served:
     """The model behind the server, and how it may be asked.
 
-    `settings` are what a request that leaves them out gets, `form` the one that they ask for. `max_prompt_tokens` and
-    `max_tokens` are None where the context alone is the limit.
+    `weights` tells them, and their type and device, from others. `settings` are what a request that leaves them out
+    gets, `form` the one that they ask for. `max_prompt_tokens` and `max_tokens` are None where the context alone is the
+    limit.
     """
 
     card: ModelCard
     tokenizer: Tokenizer
+    weights: str
     settings: GenerationConfig
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
@@ -45,7 +47,8 @@ class Served:
     @property
     def fingerprint(self) -> str:
         """Changes with all that could change what a seed gives: OpenAI's `system_fingerprint`."""
-        said = f"{self.card.model_dump_json()} {self.tokenizer.fingerprint}"
+        parts = (self.card.model_dump_json(), self.tokenizer.fingerprint, self.weights, self.settings.model_dump_json())
+        said = " ".join(parts)
         return f"fp_{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
