@@ -55,9 +55,8 @@ def sentence_piece() -> bytes:
 
 def tokenizer_json(kind: str) -> dict[str, Any]:
     """`prepend` is that of Mistral and Phi-3, `first` and `always` of Llama's classes, `never` as in Gemma and Yi."""
-    from transformers.tokenization_utils_base import generate_merges
-
     from sentencepiece import sentencepiece_model_pb2
+    from transformers.tokenization_utils_base import generate_merges
 
     messages: Any = sentencepiece_model_pb2
     proto = messages.ModelProto.FromString(sentence_piece())

@@ -11,9 +11,9 @@ from typing import Any
 
 import gguf
 import pytest
+import sentencepiece
 import torch
 
-import sentencepiece
 from config.errors import UserError
 from data.examples.encoding import encode_examples
 from data.examples.preferences import PreferenceExample
