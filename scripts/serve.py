@@ -45,6 +45,8 @@ MaxBody = Annotated[str, typer.Option(metavar="SIZE", help="The longest body of 
 MaxPrompt = Annotated[int | None, typer.Option(min=1, help="The longest prompt. By default the context is the limit.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="The most tokens of one text. By default what has room.")]
 Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")]
+HeaderTimeout = Annotated[float, typer.Option(min=0.1, help="Seconds for the headers of a request to come.")]
+Connections = Annotated[int, typer.Option(min=1, help="The most connections; further ones are refused.")]
 Grace = Annotated[float, typer.Option(min=0.0, help="Seconds that running answers get when the server is ended.")]
 AllowHost = Annotated[
     list[str] | None, typer.Option(metavar="NAME", help="Another name by which a local server may be called.")
@@ -70,6 +72,8 @@ def serve(
     max_prompt_tokens: MaxPrompt = None,
     max_tokens: MaxTokens = None,
     timeout: Timeout = 600.0,
+    header_timeout: HeaderTimeout = 20.0,
+    max_connections: Connections = 8192,
     grace: Grace = 30.0,
     allow_host: AllowHost = None,
     cors_origin: Origin = None,
@@ -104,6 +108,7 @@ def serve(
     from inference.loading import load_for_generation
     from inference.prompting import check_form
     from inference.server.app import create_app
+    from inference.server.connections import connections
     from inference.server.limits import Limits
     from inference.server.logs import log_as_json
     from inference.server.metrics import Metrics
@@ -130,7 +135,7 @@ def serve(
             f"Serving {card.id}: {kind}, context {card.context_length:,} tokens, {'key' if keys else 'no key'} needed."
         )
         print(f"Next: open {address}, or use OpenAI's client with base_url={address}/v1", flush=True)
-        serve_until_signal(app, service, listener, grace)
+        serve_until_signal(app, service, listener, grace, connections(header_timeout, max_connections))
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:

@@ -99,7 +99,7 @@ def serve_here(
 ) -> None:
     """Have `scripts/serve.py` serve in this process, call `look` with a client of it, and end."""
 
-    def answer(app: FastAPI, service: Service, listener: socket, grace: float) -> None:
+    def answer(app: FastAPI, service: Service, listener: socket, grace: float, protocol: type[Any]) -> None:
         with TestClient(app, base_url="http://localhost") as http:
             look(http)
 

@@ -7,6 +7,7 @@ import http.client
 import json
 import pickle
 import re
+import socket
 import subprocess
 import threading
 import time
@@ -240,6 +241,36 @@ class TestWhatItRefusesToStartWith:
     def test_a_port_that_is_taken(self, workspace: Workspace, server: Server) -> None:
         port = server.address.rpartition(":")[2]
         assert f"port {port}" in self.refusal(workspace.folder, "--port", port)
+
+
+@pytest.mark.slow
+def test_connections_that_never_ask_are_closed_and_too_many_are_refused(workspace: Workspace) -> None:
+    """One that has asked may take its time with the body, and is answered."""
+    whole = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    headers = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    headers += b"content-length: 2\r\n\r\n"
+    with serving(workspace.folder, "--header-timeout", "2", "--max-connections", "3") as limited:
+        place = ("127.0.0.1", int(limited.address.rpartition(":")[2]))
+
+        def connected(*sent: bytes) -> socket.socket:
+            connection = socket.create_connection(place, timeout=60)
+            connection.sendall(b"".join(sent))
+            return connection
+
+        def closed(*sent: bytes) -> bytes:
+            """What came before the end."""
+            with connected(*sent) as connection:
+                return b"".join(iter(lambda: connection.recv(4096), b""))
+
+        slow = connected(headers)
+        assert closed() == closed(b"GET /hea") == closed(headers[:-2]) == b""
+        assert closed(whole, b"GET /hea").startswith(b"HTTP/1.1 200 OK")
+        others = [connected(headers), connected(headers)]
+        assert closed().startswith(b"HTTP/1.1 503 Service Unavailable")
+        slow.sendall(b"{}")
+        assert slow.recv(4096).startswith(b"HTTP/1.1 200 OK")
+        for connection in (slow, *others):
+            connection.close()
 
 
 class _Trap:

@@ -31,7 +31,7 @@ def asked(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     """Asks a server that runs with some settings; it is the command's own, but for the socket."""
 
     def ask(ask_all: Asked, *overrides: str, **options: Any) -> None:
-        def answer(app: FastAPI, service: Service, listener: socket, grace: float) -> None:
+        def answer(app: FastAPI, service: Service, listener: socket, grace: float, protocol: type[Any]) -> None:
             with TestClient(app, base_url="http://localhost") as http:
 
                 def post(path: str = "completions", **body: Any) -> Any:

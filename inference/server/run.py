@@ -23,11 +23,17 @@ SWITCH_INTERVAL = 0.0005  # seconds after which a thread that executes Python le
 AFTER_GRACE = 5.0  # seconds that answers have to say that they were cut short
 
 
-def serve_until_signal(app: FastAPI, service: Service, listener: socket.socket, grace: float) -> None:
-    """Answer until SIGTERM or Ctrl-C, then finish what has begun, for up to `grace` seconds."""
+def serve_until_signal(
+    app: FastAPI, service: Service, listener: socket.socket, grace: float, protocol: type[asyncio.Protocol]
+) -> None:
+    """Answer until SIGTERM or Ctrl-C, then finish what has begun, for up to `grace` seconds.
+
+    `protocol` is that of the connections.
+    """
     sys.setswitchinterval(SWITCH_INTERVAL)
     config = uvicorn.Config(
         app,
+        http=protocol,
         log_config=None,
         access_log=False,
         server_header=False,
