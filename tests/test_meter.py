@@ -44,3 +44,15 @@ def test_what_the_device_has_still_to_do_is_training(queue: Queue) -> None:
         assert reading.tokens_per_second == pytest.approx(5.0)
         assert reading.mfu == pytest.approx(0.5)
         assert reading.seconds_per_step == pytest.approx((10 * steps + 7) / steps)
+
+
+def test_an_evaluation_between_two_readings_does_not_shake_the_time_that_is_left(queue: Queue) -> None:
+    meter, told = Meter(Process(0, 1, torch.device("cpu")), peak_flops=1000.0), []
+    for between in (100.0, 0.0, 0.0, 12.0, 0.0):  # the first is a compiler, the other an evaluation
+        for _ in range(10):
+            meter.add(input_tokens=50, flops_per_token=100.0)
+            queue.left += 1.0
+        with meter.aside():
+            queue.now += between
+        told.append(meter.read().seconds_per_step)
+    assert told == pytest.approx([11.0, 1.0, 1.0, 42 / 30, 52 / 40])

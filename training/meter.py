@@ -18,7 +18,9 @@ from training.throughput import wait_for
 class Reading(NamedTuple):
     """The steps since the last reading. `loss` is in nats per trained token, None if no step of them counted.
 
-    `gradient_norm` is that of the last one, NaN where none had a gradient.
+    `gradient_norm` is that of the last one, NaN where none had a gradient. `seconds_per_step` is of all
+    steps so far, with what was done between them, but for those before the first reading, which may have waited for a
+    compiler.
     """
 
     loss: float | None
@@ -40,6 +42,7 @@ class Meter:
 
     def __post_init__(self) -> None:
         self._totals = torch.zeros(2, dtype=torch.float32, device=self.process.device)
+        self._wall, self._taken, self._readings = 0.0, 0, 0
         self._begin()
 
     def _begin(self) -> None:
@@ -77,12 +80,15 @@ class Meter:
         summed, valid, norm = torch.cat([losses, self._totals[1:], self._norm.float()[None]]).tolist()
         wall = time.perf_counter() - self._started
         seconds = max(wall - self._aside, 1e-9)
+        if self._readings == 1:
+            self._wall, self._taken = 0.0, 0
+        self._wall, self._taken, self._readings = self._wall + wall, self._taken + self._steps, self._readings + 1
         reading = Reading(
             loss=summed / valid if valid else None,
             gradient_norm=norm,
             tokens_per_second=self._tokens / seconds,
             mfu=self._flops / seconds / (self.peak_flops * self.process.world_size),
-            seconds_per_step=wall / max(1, self._steps),
+            seconds_per_step=self._wall / max(1, self._taken),
         )
         self._begin()
         return reading
