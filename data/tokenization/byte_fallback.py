@@ -9,22 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from data.tokenization.byte_level import encode_rows, open_library
+from data.tokenization.library import LibraryBPE
 from data.tokenization.protocol import Before, Kind, Span
-from data.tokenization.special import SPACE, trims_of
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from data.tokenization.special import SPACE
 
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
-class ByteFallbackBPE:
+class ByteFallbackBPE(LibraryBPE):
     """An imported BPE with byte fallback; `serialized` is a Hugging Face `tokenizer.json`.
 
     Its ids are those of `transformers`, the space in front included: where the tokenizer puts one before what follows
@@ -32,18 +28,6 @@ class ByteFallbackBPE:
     """
 
     kind: Kind = "bpe-byte-fallback"
-    file_name = "tokenizer.json"
-    tokenizer_class = "PreTrainedTokenizerFast"
-
-    def __init__(self, serialized: bytes) -> None:
-        self.serialized = serialized
-        self._library = open_library(serialized)
-
-    @cached_property
-    def description(self) -> dict[str, Any]:
-        """The parsed `tokenizer.json`."""
-        parsed: dict[str, Any] = json.loads(self.serialized)
-        return parsed
 
     @cached_property
     def fingerprint(self) -> str:
@@ -66,10 +50,6 @@ class ByteFallbackBPE:
     def drops_first_space(self) -> bool:
         return any(step["type"] == "Strip" and step["start"] for step in steps(self.description["decoder"]))
 
-    @cached_property
-    def trims(self) -> dict[int, tuple[bool, bool]]:
-        return trims_of(self.description["added_tokens"])
-
     def encode(self, text: str, *, before: Before = "nothing") -> list[int]:
         ids: list[int] = self._library_after(before).encode(text, add_special_tokens=False).ids
         return ids
@@ -77,9 +57,6 @@ class ByteFallbackBPE:
     def encode_spans(self, text: str, *, before: Before = "nothing") -> tuple[list[int], list[Span]]:
         encoding = self._library_after(before).encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
-
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        return encode_rows(self._library, texts)
 
     def _library_after(self, before: Before) -> Any:
         begins = before == "nothing" or (before == "special" and self._prefixes_every_part)
@@ -103,7 +80,7 @@ class ByteFallbackBPE:
             "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": cutters} if cutters else None,
         }
-        return open_library(json.dumps(self.description | changed, ensure_ascii=False).encode())
+        return self._changed(changed)
 
 
 def steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

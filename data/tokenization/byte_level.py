@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from config.errors import UserError
+from data.tokenization.library import LibraryBPE
 from data.tokenization.protocol import Before, Kind, Span
-from data.tokenization.special import spans_of, trims_of
+from data.tokenization.special import spans_of
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from config.schema import TokenizerConfig
 
 # The pattern of Llama 3. GPT-2's is built into `tokenizers` (ByteLevel with use_regex).
@@ -31,24 +29,11 @@ LLAMA3_PATTERN = (
 )
 
 
-class ByteLevelBPE:
+class ByteLevelBPE(LibraryBPE):
     """A trained byte-level BPE model; `serialized` is a Hugging Face `tokenizer.json`."""
 
     kind: Kind = "bpe"
-    file_name = "tokenizer.json"
-    tokenizer_class = "PreTrainedTokenizerFast"
-
     drops_first_space = False
-
-    def __init__(self, serialized: bytes) -> None:
-        self.serialized = serialized
-        self._library = open_library(serialized)
-
-    @cached_property
-    def description(self) -> dict[str, Any]:
-        """The parsed `tokenizer.json`."""
-        parsed: dict[str, Any] = json.loads(self.serialized)
-        return parsed
 
     @cached_property
     def fingerprint(self) -> str:
@@ -70,10 +55,6 @@ class ByteLevelBPE:
             pieces[index] = b"" if token["special"] else token["content"].encode()
         return pieces
 
-    @cached_property
-    def trims(self) -> dict[int, tuple[bool, bool]]:
-        return trims_of(self.description["added_tokens"])
-
     def encode(self, text: str, *, before: Before = "nothing") -> list[int]:
         ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
@@ -88,29 +69,7 @@ class ByteLevelBPE:
     @cached_property
     def _untrimmed(self) -> Any:
         """The library without what it does to finished tokens, which leaves white space out of their places in text."""
-        return open_library(json.dumps(self.description | {"post_processor": None}, ensure_ascii=False).encode())
-
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        return encode_rows(self._library, texts)
-
-
-def open_library(serialized: bytes) -> Any:
-    """The tokenizer of `tokenizers` in a `tokenizer.json`; it takes special tokens in text for text."""
-    from tokenizers import Tokenizer
-
-    library = Tokenizer.from_str(serialized.decode())
-    library.encode_special_tokens = True
-    return library
-
-
-def encode_rows(library: Any, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-    """Ids of each of `texts`, (tokens,) uint32."""
-    # Threads of the library do not survive a fork, and a worker has one core to itself anyway.
-    if multiprocessing.parent_process() is not None:
-        encodings = (library.encode(text, add_special_tokens=False) for text in texts)
-    else:
-        encodings = library.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return self._changed({"post_processor": None})
 
 
 def train_byte_level(texts: Iterator[str], config: TokenizerConfig) -> ByteLevelBPE:
