@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,8 +103,7 @@ def completion_task(body: CompletionBody, served: Served) -> Task:
             ids = [*tokenizer.prefix_ids, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
         except UserError as error:
             raise invalid("prompt", str(error).rstrip(".")) from error
-        if (unknown := max(ids, default=0)) >= tokenizer.vocab_size:
-            raise invalid("prompt", f"there is no token {unknown:,}; the vocabulary has {tokenizer.vocab_size:,}")
+        _check_known(ids, "prompt", tokenizer)
         if room is not None and len(ids) > room:
             ids, truncated = _newest(ids, room, tokenizer.prefix_ids), True
         prompts.append(_checked(ids or [tokenizer.end_of_text_id], "prompt", served))
@@ -133,6 +132,11 @@ def chat_task(body: ChatBody, served: Served) -> Task:
     answer = ChatFormat(served.card.id, served.fingerprint, served.tokenizer, left_out > 0)
     prompts = [_checked(ids, "messages", served)]
     return _task(body, served, prompts, chat_stop_tokens(served.tokenizer), wanted, answer)
+
+
+def _check_known(ids: Iterable[int], named: str, tokenizer: Tokenizer) -> None:
+    if (unknown := max(ids, default=0)) >= tokenizer.vocab_size:
+        raise invalid(named, f"there is no token {unknown:,}; the vocabulary has {tokenizer.vocab_size:,}")
 
 
 def _wanted(asked: int | None, named: str, served: Served) -> int:
@@ -192,10 +196,7 @@ def _task(
     sampling, form = sampling_of(body, served), _form(body, served)
     stops = tuple(settings.stop if body.stops is None else body.stops)
     own_ends = stop_ids_of(settings) if body.stop_token_ids is None else body.stop_token_ids
-    if (unknown := max(own_ends, default=0)) >= served.tokenizer.vocab_size:
-        raise invalid(
-            "stop_token_ids", f"there is no token {unknown:,}; the vocabulary has {served.tokenizer.vocab_size:,}"
-        )
+    _check_known(own_ends, "stop_token_ids", served.tokenizer)
     context, slides = served.card.context_length, settings.context == "slide"
     requests = [
         Request(
@@ -234,10 +235,9 @@ def _form(body: GenerationBody, served: Served) -> Constraint | None:
 
 def sampling_of(body: GenerationBody, served: Served) -> SamplingSettings:
     """The settings of a request, over those of the server."""
-    settings, size = served.settings, served.tokenizer.vocab_size
+    settings = served.settings
     biases = dict(bias_of(settings)) if body.biases is None else body.biases
-    if (unknown := max(biases, default=0)) >= size:
-        raise invalid("logit_bias", f"there is no token {unknown:,}; the vocabulary has {size:,}")
+    _check_known(biases, "logit_bias", served.tokenizer)
 
     def given(name: str) -> float:
         value: float | None = getattr(body, name)
