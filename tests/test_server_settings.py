@@ -6,18 +6,15 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from socket import socket
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from config.errors import UserError
 from inference.engine import Engine, Request
 from inference.sampling import SamplingSettings
-from inference.server.service import Service
-from scripts.serve import serve
+from tests.server_process import serve_here
 from tests.workspace import Workspace
 
 PROMPT = "The quick brown"
@@ -31,17 +28,13 @@ def asked(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     """Asks a server that runs with some settings; it is the command's own, but for the socket."""
 
     def ask(ask_all: Asked, *overrides: str, **options: Any) -> None:
-        def answer(app: FastAPI, service: Service, listener: socket, grace: float, protocol: type[Any]) -> None:
-            with TestClient(app, base_url="http://localhost") as http:
+        def look(http: TestClient) -> None:
+            def post(path: str = "completions", **body: Any) -> Any:
+                return http.post(f"/v1/{path}", json=body)
 
-                def post(path: str = "completions", **body: Any) -> Any:
-                    return http.post(f"/v1/{path}", json=body)
+            ask_all(post)
 
-                ask_all(post)
-
-        monkeypatch.setattr("inference.server.run.serve_until_signal", answer)
-        monkeypatch.setattr("inference.server.logs.log_as_json", lambda: None)
-        serve(list(overrides), port=0, **options)
+        serve_here(workspace.folder, monkeypatch, look, *overrides, **options)
 
     return ask
 
