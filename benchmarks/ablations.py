@@ -122,9 +122,9 @@ def ablate(
     output: Annotated[Path | None, typer.Option(help="Write every run as JSON too.")] = None,
 ) -> None:
     """Train a recipe, and the recipe with each means switched, and compare losses and processor seconds."""
-    from training.environment import calm_threads
+    from training.waiting import watch_cores
 
-    calm_threads()
+    watch_cores()
     variants = choose(config, overrides or [], only, also)
     trained: list[Trained] = []
     for seed in range(1, seeds + 1):

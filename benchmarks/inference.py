@@ -62,9 +62,9 @@ def compare(
     gguf: Annotated[list[Path] | None, typer.Option(help="A file for it; may be repeated.")] = None,
 ) -> None:
     """Time decoding."""
-    from training.environment import calm_threads
+    from training.waiting import watch_cores
 
-    calm_threads()
+    watch_cores()
     import torch
 
     from inference.memory import settle_

@@ -104,9 +104,9 @@ def compare(
     rounds: Annotated[int, typer.Option(help="Turns of each.")] = 5,
 ) -> None:
     """Time look-up."""
-    from training.environment import calm_threads
+    from training.waiting import watch_cores
 
-    calm_threads()
+    watch_cores()
     import torch
 
     from data.tokenization import load_tokenizer

@@ -26,9 +26,10 @@ def compare(
     rounds: Annotated[int, typer.Option(help="Steps of each optimizer.")] = 25,
 ) -> None:
     """Time a step of Muon on the matrices of the configured model."""
-    from training.environment import calm_threads, keep_freed_memory
+    from training.environment import keep_freed_memory
+    from training.waiting import watch_cores
 
-    calm_threads()
+    watch_cores()
     import torch
 
     from model.transformer import Transformer

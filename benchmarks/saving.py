@@ -39,9 +39,9 @@ def measure(
     folder: Annotated[Path, typer.Option(help="Where a folder for the checkpoints is made.")] = Path("."),
 ) -> None:
     """Measure steps with a save and without."""
-    from training.environment import calm_threads
+    from training.waiting import watch_cores
 
-    calm_threads()
+    watch_cores()
     with TemporaryDirectory(dir=folder) as checkpoints:
         own = [f"training.checkpoint_dir={checkpoints}", "training.keep_last=1", "training.save_in_background=true"]
         chosen = load_config([config] if config else [], [*SETTINGS, *(overrides or []), *own])

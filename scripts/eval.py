@@ -112,9 +112,9 @@ def evaluate(
     _refuse_mixture(for_text if names else for_tasks, bool(names))
     if text and source:
         raise UserError("--text and --source are two different texts. Give one of them.")
-    from training.environment import calm_threads
+    from training.waiting import watch_cores
 
-    calm_threads()
+    watch_cores()
     from training.distributed import open_process
 
     if names:

@@ -86,9 +86,9 @@ def finetune(
     "rejected": ...} the model learns to prefer the chosen answer (DPO), with
     --config config/recipes/dpo.yaml. Settings: config/recipes/finetune.yaml.
     """
-    from training.environment import calm_threads
+    from training.waiting import watch_cores
 
-    calm_threads()
+    watch_cores()
     from config.load import to_yaml
     from training.finetuning import Asked, open_finetuning, starting_config
     from training.introduction import introduce, show_examples

@@ -144,9 +144,9 @@ def generate(
     if probabilities and config.generation.beams > 1:
         raise UserError("--probabilities shows those of drawn texts, not of a beam search. Leave it out, or --beams.")
     text = _read_prompt(prompt, prompt_file)
-    from training.environment import calm_threads
+    from training.waiting import watch_cores
 
-    calm_threads()
+    watch_cores()
     from inference.loading import load_for_generation
     from inference.prompting import check_beams, check_form
 

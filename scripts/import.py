@@ -50,9 +50,9 @@ def import_model(
     target = output or Path(config.training.checkpoint_dir) / name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already. Give another folder as --output.")
-    from training.environment import calm_threads
+    from training.waiting import watch_cores
 
-    calm_threads()
+    watch_cores()
     from model.huggingface.adapter import check_adapter
     from model.huggingface.folder import PATTERNS, describe, read_model
 

@@ -101,9 +101,9 @@ def serve(
         raise UserError(
             f"Without an API key, {host} would be open to the network: give --api-key-file or set {ENVIRONMENT_KEY}."
         )
-    from training.environment import calm_threads
+    from training.waiting import watch_cores
 
-    calm_threads()
+    watch_cores()
     from inference.engine import Engine
     from inference.loading import load_for_generation
     from inference.prompting import check_form

@@ -56,7 +56,7 @@ def train(
     For several GPUs use scripts/distributed_train.py. With --reproduce, a run is
     run again and told whether it came to the same bits: the exit status is 1 if not.
     """
-    from training.environment import calm_threads
+    from training.waiting import watch_cores
 
     settings = with_determinism(overrides, deterministic)
     if reproduce is not None:
@@ -64,7 +64,7 @@ def train(
         return _reproduce(reproduce, settings, print_config)
     if resume is None:
         resolve(recipe, settings, print_config)
-    calm_threads()
+    watch_cores()
     from config.load import load_config
     from training.pretraining import open_pretraining
     from training.restarts import AUTO, own_checkpoint
@@ -119,9 +119,9 @@ def _refuse_beside_reproduce(recipe: Path | None, resume: str | None) -> None:
 
 def _reproduce(directory: Path, settings: list[str], print_config: bool) -> None:
     """Run the run of `directory` again, under another name, and say whether it came to the same bits."""
-    from training.environment import calm_threads
+    from training.waiting import watch_cores
 
-    calm_threads()
+    watch_cores()
     import os
 
     import torch

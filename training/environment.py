@@ -16,16 +16,6 @@ from typing import Any
 REPORTED = ("torch", "numpy", "tokenizers", "wandb", "quern")
 
 
-def calm_threads() -> None:
-    """Keep idle OpenMP threads from spinning; call it before `import torch`.
-
-    Where another process shares the cores, a spinning thread holds up the very ones it waits for: two-thread training
-    was measured up to 18 times slower. A value that the user has set stands.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    os.environ.setdefault("KMP_BLOCKTIME", "1")
-
-
 def keep_freed_memory() -> None:
     """Let the C allocator keep the memory of freed tensors for the next ones, on Linux; do it before training on a CPU.
 

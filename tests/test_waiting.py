@@ -1,0 +1,90 @@
+"""Threads that spin while the cores are theirs, and sleep while others want them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from training.waiting import Use, crowded, use_of_cores
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's /proc")
+
+START = Use(moment=10.0, all=500.0, own=3.0)
+
+BUSY = "import time\nwhile time.process_time() < 0.5: pass"
+
+# By what the watch reads, others have more cores than there are, then none: there are more threads, then as many as before.
+WATCH = """
+import itertools, os, threading, time
+import torch
+from training.waiting import CoreWatch, Use
+
+others, readings = [1000.0], itertools.count()
+def use():
+    number = next(readings)
+    return Use(moment=number, all=others[0] * number, own=0.0)
+def settled(wanted):
+    for _ in range(600):
+        if (len(os.listdir("/proc/self/task")) > before) == wanted:
+            return True
+        time.sleep(0.05)
+
+torch.empty(1 << 18).fill_(0.0)
+watch = CoreWatch(use, seconds=0.05)
+before = len(os.listdir("/proc/self/task")) + 1
+watch.start()
+crowded = settled(True)
+others[0] = -1e6
+print(crowded, settled(False))
+"""
+
+NAMES = "import threading, training.waiting as w; w.watch_cores(); print([t.name for t in threading.enumerate()])"
+
+
+@pytest.mark.parametrize(
+    ("used_by_all", "used_by_this", "threads", "expected"),
+    [
+        (4.0, 3.9, 2, False),  # all of both cores, by this process
+        (4.0, 2.0, 2, True),  # a neighbour has one of the two
+        (2.2, 0.0, 2, True),  # whatever this process did itself
+        (0.3, 0.0, 2, False),  # what a machine does by itself
+        (2.1, 0.1, 1, False),  # a neighbour has the core that this process leaves free
+        (4.0, 1.0, 1, True),
+    ],
+)
+def test_cores_are_crowded_where_others_take_what_the_threads_need(
+    used_by_all: float, used_by_this: float, threads: int, expected: bool
+) -> None:
+    after = Use(START.moment + 2.0, START.all + used_by_all, START.own + used_by_this)
+
+    assert crowded(START, after, cores=2, threads=threads) is expected
+
+
+def test_the_time_of_another_process_is_seen_and_not_as_ones_own() -> None:
+    before = use_of_cores()
+    subprocess.run([sys.executable, "-c", BUSY], check=True)
+    after = use_of_cores()
+
+    assert after.moment > before.moment
+    assert (after.all - before.all) - (after.own - before.own) > 0.4
+
+
+def test_a_crowd_brings_a_sleeping_team_which_goes_with_it() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+
+    done = subprocess.run([sys.executable, "-c", WATCH], env=environment, capture_output=True, text=True, timeout=300)
+
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+@pytest.mark.parametrize(("setting", "watched"), [(None, True), ("GOMP_SPINCOUNT", False), ("OMP_WAIT_POLICY", False)])
+def test_what_the_user_has_set_stands(setting: str | None, watched: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))}
+    environment |= {} if setting is None else {setting: "5"}
+
+    done = subprocess.run([sys.executable, "-c", NAMES], env=environment, capture_output=True, text=True, check=True)
+
+    assert ("core-watch" in done.stdout) is watched
