@@ -11,7 +11,7 @@ from torch import Tensor
 
 from config.errors import UserError
 from inference.constraints import unpack
-from inference.sampling import BatchSettings, as_int64, choose, log_probabilities
+from inference.sampling import BatchSettings, choose, log_probabilities, uniform
 
 if TYPE_CHECKING:
     from inference.engine import Request
@@ -81,7 +81,6 @@ class Chooser:
         self._device = device
         requests = [past.request for past in pasts]
         self._settings = BatchSettings([request.sampling for request in requests], device)
-        self._seeds = torch.tensor([as_int64(request.seed) for request in requests], device=device)
         self._present = self._counts = None
         # From here on each sequence holds a row of what is updated for all of them together.
         if repeating := [past for past in pasts if past.present is not None]:
@@ -102,8 +101,7 @@ class Chooser:
     def __call__(self, logits: Tensor) -> list[tuple[int, TokenLogprobs | None]]:
         """The next token of every sequence by `logits` `(batch, vocab)`, with what was asked to be known of it."""
         logits = logits[:, : self._vocab_size].to(self._device).float()  # a model may have more than there are tokens
-        drawn = torch.tensor([past.drawn for past in self._pasts], device=self._device)
-        tokens = choose(logits, self._settings, self._seeds, drawn, self._present, self._counts, self._allowed())
+        tokens = choose(logits, self._settings, self._uniforms(), self._present, self._counts, self._allowed())
         self._remember(tokens)
         if not self._asked:
             return self._advance([(token, None) for token in tokens.tolist()])
@@ -113,6 +111,13 @@ class Chooser:
         known = torch.cat([own[:, None], top, tops], dim=1).double()
         everything: list[float] = torch.cat([tokens.double(), known.flatten()]).tolist()
         return self._advance(self._with_logprobs(everything, top.shape[1]))
+
+    def _uniforms(self) -> Tensor | None:
+        """The random number of each row, `(batch,)` float64; None where no row needs one."""
+        if self._settings.all_greedy:
+            return None
+        numbers = [uniform(past.request.seed, past.drawn) for past in self._pasts]
+        return torch.tensor(numbers, dtype=torch.float64, device=self._device)
 
     def _allowed(self) -> Tensor | None:
         """The tokens that each row may draw, `(batch, vocab)` bool; None where all may draw any."""

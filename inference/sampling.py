@@ -90,24 +90,24 @@ class BatchSettings:
 def choose(
     logits: Tensor,
     settings: BatchSettings,
-    seeds: Tensor,
-    drawn: Tensor,
+    uniforms: Tensor | None = None,
     present: Tensor | None = None,
     counts: Tensor | None = None,
     allowed: Tensor | None = None,
 ) -> Tensor:
     """The next token of every row, `(batch,)` int64.
 
-    `logits` is `(batch, vocab)`; `seeds` and `drawn` are `(batch,)` int64: each row's seed, and how many tokens it has
-    drawn before; `present` and `counts` are what `adjust_logits` needs. With `allowed`, `(batch, vocab)` bool, no other
-    tokens are drawn.
+    `logits` is `(batch, vocab)`; `uniforms` `(batch,)` float64 are what `draw` needs, unless all rows are greedy;
+    `present` and `counts` are what `adjust_logits` needs. With `allowed`, `(batch, vocab)` bool, no other tokens are
+    drawn.
     """
     logits = adjust_logits(logits, settings, present, counts)
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
     if settings.all_greedy:
         return likeliest(logits)
-    chosen = draw(filter_logits(logits, settings), uniform(seeds, drawn))
+    assert uniforms is not None, "rows that are not greedy need random numbers"
+    chosen = draw(filter_logits(logits, settings), uniforms)
     return torch.where(settings.greedy, likeliest(logits), chosen) if settings.any_greedy else chosen
 
 
@@ -258,27 +258,22 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, points, right=True)[:, 0]
 
 
-def uniform(seeds: Tensor, counters: Tensor) -> Tensor:
-    """A number in [0, 1) for each (seed, counter), `(batch,)` float64 from `(batch,)` int64 tensors.
+def uniform(seed: int, counter: int) -> float:
+    """A number in [0, 1) for any two whole numbers, of which the lowest 64 bits count.
 
     Two rounds of the mixing function of SplitMix64 (Steele, Lea and Flood 2014), whose outputs for neighbouring inputs
     are as good as independent.
     """
-    bits = _mix(_mix(seeds + _GAMMA) + counters * _GAMMA)
-    return ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
+    return (_mix(_mix(seed + _GAMMA) + counter * _GAMMA) >> 11) * 2.0**-53
 
 
-def as_int64(seed: int) -> int:
-    """Any whole number as a signed 64-bit one, by its lowest 64 bits."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+_GAMMA = 0x9E3779B97F4A7C15
+_BITS = (1 << 64) - 1
 
 
-_GAMMA = as_int64(0x9E3779B97F4A7C15)
-_MULTIPLIERS = (as_int64(0xBF58476D1CE4E5B9), as_int64(0x94D049BB133111EB))
-
-
-def _mix(bits: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64, whose product wraps and whose right shift needs the copied sign masked off."""
-    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
-        bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * multiplier
-    return bits ^ ((bits >> 31) & ((1 << 33) - 1))
+def _mix(number: int) -> int:
+    """SplitMix64's finaliser of the lowest 64 bits."""
+    number &= _BITS
+    number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 & _BITS
+    number = (number ^ (number >> 27)) * 0x94D049BB133111EB & _BITS
+    return number ^ (number >> 31)

@@ -18,7 +18,7 @@ from config.errors import UserError
 from config.load import load_config, with_vocab_size
 from inference.engine import Engine, Piece, QueueFull, Request
 from inference.prompting import make_requests, sample_text
-from inference.sampling import BatchSettings, SamplingSettings, as_int64, choose
+from inference.sampling import BatchSettings, SamplingSettings, choose, uniform
 from inference.text import Detokenizer, StopStrings
 from model.transformer import Transformer
 from tests.workspace import LIVELY, SMALL, TEXTS, small_tokenizer
@@ -58,7 +58,6 @@ def uncached(model: Transformer, request: Request) -> list[int]:
     """The tokens of `request` from whole forward passes over the window, up to the end of text."""
     ids = list(request.prompt)
     batch = BatchSettings([request.sampling])
-    seed = torch.tensor([as_int64(request.seed)])
     for step in range(request.max_new_tokens):
         start = 0
         while len(ids) - start > CONTEXT:
@@ -68,7 +67,8 @@ def uncached(model: Transformer, request: Request) -> list[int]:
         present = torch.zeros_like(logits, dtype=torch.bool)
         present[0, ids] = True
         counts = torch.bincount(torch.tensor(ids[len(request.prompt) :]).long(), minlength=logits.shape[1])[None]
-        token = choose(logits, batch, seed, torch.tensor([step]), present, counts)
+        number = torch.tensor([uniform(request.seed, step)], dtype=torch.float64)
+        token = choose(logits, batch, number, present, counts)
         ids.append(int(token))
         if token == TOKENIZER.end_of_text_id:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 import pytest
@@ -15,7 +16,6 @@ from inference.sampling import (
     BatchSettings,
     SamplingSettings,
     adjust_logits,
-    as_int64,
     choose,
     draw,
     filter_logits,
@@ -28,6 +28,10 @@ VOCAB_SIZE = 1000
 
 def random_logits(seed: int, rows: int, vocab_size: int = VOCAB_SIZE) -> Tensor:
     return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def uniforms(seeds: Iterable[int], counters: Iterable[int]) -> Tensor:
+    return torch.tensor(list(map(uniform, seeds, counters)), dtype=torch.float64)
 
 
 def reference_logits(logits: Tensor, row: SamplingSettings, ids: Tensor, counts: Tensor) -> Tensor:
@@ -151,12 +155,12 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     generator = torch.Generator().manual_seed(2)
     counts = torch.randint(3, logits.shape, generator=generator)
     present = torch.rand(logits.shape, generator=generator) < 0.1
-    seeds, drawn = torch.tensor([3, 4, 5, 6, as_int64(2**64 - 1), 7]), torch.tensor([0, 7, 2, 9, 1, 4])
-    together = choose(logits, BatchSettings(rows), seeds, drawn, present[[2, 3]], counts[[1, 3]])
+    numbers = uniforms([3, 4, 5, 6, 2**64 - 1, 7], [0, 7, 2, 9, 1, 4])
+    together = choose(logits, BatchSettings(rows), numbers, present[[2, 3]], counts[[1, 3]])
     for place, row in enumerate(rows):
         part = slice(place, place + 1)
         past = present[part], counts[part]
-        alone = choose(logits[part], BatchSettings([row]), seeds[part], drawn[part], *past)
+        alone = choose(logits[part], BatchSettings([row]), numbers[part], *past)
         assert alone.item() == together[place]
 
 
@@ -167,7 +171,7 @@ def test_what_is_not_allowed_is_never_chosen() -> None:
     allowed = torch.zeros_like(logits, dtype=torch.bool)
     allowed[:, 500:510] = True
     allowed[3, 0] = True
-    chosen = choose(logits, BatchSettings(rows), torch.arange(4), torch.arange(4), allowed=allowed)
+    chosen = choose(logits, BatchSettings(rows), uniforms(range(4), range(4)), allowed=allowed)
     best = 500 + int(logits[0, 500:510].argmax())
     assert chosen[0] == best and all(500 <= token < 510 for token in chosen[:3].tolist()) and chosen[3] == 0
 
@@ -175,7 +179,7 @@ def test_what_is_not_allowed_is_never_chosen() -> None:
 def test_temperature_zero_takes_the_likeliest_token_whatever_else_is_set() -> None:
     logits = random_logits(3, 2)
     rows = [SamplingSettings(temperature=0.0, top_p=0.1, top_k=3, min_p=0.5), SamplingSettings(temperature=1e-30)]
-    chosen = choose(logits, BatchSettings(rows), torch.tensor([1, 2]), torch.tensor([0, 0]))
+    chosen = choose(logits, BatchSettings(rows))
     assert chosen.tolist() == logits.argmax(-1).tolist()
 
 
@@ -201,8 +205,7 @@ def test_tokens_are_chosen_as_often_as_the_reference_says(row: SamplingSettings)
     chosen = choose(
         logits.expand(count, -1),
         batch,
-        torch.full((count,), 21),
-        torch.arange(count),
+        uniforms([21] * count, range(count)),
         present.expand(count, -1),
         counts.expand(count, -1),
     )
@@ -217,8 +220,7 @@ def test_tokens_are_chosen_as_often_as_the_reference_says(row: SamplingSettings)
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -torch.inf, -1.0, 1.5])
     count = 100_000
-    uniforms = uniform(torch.full((count,), 11), torch.arange(count))
-    tokens = draw(logits.expand(count, -1), uniforms)
+    tokens = draw(logits.expand(count, -1), uniforms([11] * count, range(count)))
     frequencies = torch.bincount(tokens, minlength=6) / count
     probabilities = logits.softmax(-1)
     assert frequencies[3] == 0
@@ -229,8 +231,8 @@ def test_draws_follow_the_distribution() -> None:
 @pytest.mark.parametrize("along", ["counter", "seed"])
 def test_uniforms_are_uniform_and_uncorrelated(along: str) -> None:
     count = 100_000
-    running, still = torch.arange(count), torch.full((count,), 5)
-    values = uniform(still, running) if along == "counter" else uniform(running, still)
+    running, still = range(count), [5] * count
+    values = uniforms(still, running) if along == "counter" else uniforms(running, still)
     assert 0.0 <= float(values.min()) < 1e-3 and 1 - 1e-3 < float(values.max()) < 1.0
     counts = torch.histc(values, bins=100, min=0.0, max=1.0)
     assert float(((counts - count / 100) ** 2 / (count / 100)).sum()) < 160  # chi-square of 99 degrees, p = 1e-4
