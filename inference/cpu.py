@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inference.binding import bind
 from inference.crew import Crew
 from inference.decoding import Memory, Shape, Tokens, Weights, step
 from inference.kernels import GELU, SQUARED_RELU, SWIGLU
@@ -84,7 +85,7 @@ class CPUModel:
         now.wanted[: len(wanted)] = wanted
         for place, table in enumerate(tables):
             now.value_rows[place, :count] = F.embedding(torch.tensor(tokens), cast(Tensor, table.weight)).float()
-        self._crew.run(step, self._shape, self._weights, self._memory, now, self._keys, self._values)
+        self._crew.run(step, self._bound)
         return soft_capped(self._logits[: len(wanted)], self._model.config.logit_soft_cap)
 
     def _make_room(self, tokens: int) -> None:
@@ -95,6 +96,7 @@ class CPUModel:
         ids, rows, positions, wanted = np.zeros((4, tokens), np.int64)
         value_rows = np.zeros((tables, tokens, width), np.float32)
         self._tokens = Tokens(np.zeros(2, np.int64), ids, rows, positions, value_rows, wanted)
+        self._bound = bind(self._shape, self._weights, self._memory, self._tokens, self._keys, self._values)
 
     def _gather(self) -> Weights:
         model, config = self._model, self._model.config

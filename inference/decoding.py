@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.compiled import kernel
+from inference.binding import Bound
 from inference.crew import called_again, meet, share
 from inference.kernels import activate, attend, exponential, keep, normalise, place
 from inference.multiplication import Operands, multiply, prepare
@@ -101,18 +102,15 @@ def step(
     thread: int,
     threads: int,
     counter: int,
-    shape: Shape,
-    weights: Weights,
-    memory: Memory,
-    tokens: Tokens,
-    keys: Any,
-    values: Any,
+    bound: Bound,
 ) -> None:
-    """Run tokens through all layers; all threads of a `Crew` call it.
+    """Run tokens through all layers; all threads of a `Crew` call it. Bound are (Shape, Weights, Memory, Tokens, keys,
+    values).
 
     What a token sees of the cache, `keys` and `values` `(layers, rows, kv_heads, length, head_dim)`, float32 or the
     bits of bfloat16, are the positions up to its own in its row, of which those of this step's tokens are written here.
     """
+    shape, weights, memory, tokens, keys, values = bound.arguments
     while True:
         _run(thread, threads, counter, shape, weights, memory, tokens, keys, values)
         if not called_again(thread, threads, counter):
