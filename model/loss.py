@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from model import onednn
 from model.sharding import RowsHeld, rows_held
 
 IGNORED = -100
@@ -119,7 +120,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             place = targets[part, None] - held.first
             index = place.clamp(0, len(matrix) - 1)
             here = place == index  # the target's row is one of these, and there is a target
-            logits = soft_capped(F.linear(inputs, matrix).float(), soft_cap)
+            multiply = onednn.product if onednn.takes(inputs, len(matrix)) else F.linear
+            logits = soft_capped(multiply(inputs, matrix).float(), soft_cap)
             logits[:, padding] = -torch.inf
             log_probabilities, log_partition = _log_softmax(logits, held)
             loss -= torch.where(here, log_probabilities.gather(1, index), 0.0).sum()
@@ -135,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits = grad.to(dtype)
             # Tokens without a target are left out here, where it takes a pass over d_model and not the vocabulary.
             if grad_hidden is not None:
-                grad_hidden[part] = torch.where(kept, grad_logits @ matrix, 0.0)
+                grad_hidden[part] = torch.where(kept, multiply(grad_logits, matrix.t()), 0.0)
             if grad_weight is not None:
                 counted = torch.where(kept, inputs, 0.0)
                 if dtype == torch.float32:

@@ -19,6 +19,7 @@ from model.init import NoDefaultInit, initialise
 from model.loss import linear_cross_entropy, soft_capped, token_cross_entropy
 from model.masks import cached_masks, causal_masks, flex_takes, positions_in
 from model.norms import make_norm
+from model.onednn import LINEAR
 from model.positions import RotaryTables, Rotation
 from model.quantized import QuantizedLinear
 from model.sharding import linear_whole
@@ -155,7 +156,7 @@ class Transformer(nn.Module):
             vectors = self.position_embedding.weight
             if documents is not None:
                 positions = positions_in(documents)
-            x = x + (vectors[:length] if positions is None else F.embedding(positions, vectors))
+            x = x + (vectors[:length] if positions is None else self.position_embedding(positions))
         elif self.rotary is not None:
             rotation = self.rotary(length if positions is None else positions)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -240,5 +241,6 @@ DEAR = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    LINEAR,
     flex_attention,
 }

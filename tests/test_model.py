@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from config.errors import UserError
 from config.load import load_config
@@ -20,6 +19,7 @@ from model import loss as loss_module
 from model.attention import attend
 from model.cache import KVCache
 from model.transformer import Transformer
+from tests.operators import Operators
 from training.optimizers import sort_parameters
 
 VOCABULARY = 300
@@ -222,7 +222,7 @@ class TestTransformer:
         counts: dict[str, dict[str, int]] = {}
         for mode in ("none", "selective", "full"):
             model.set_gradient_checkpointing(mode)
-            with _Operators() as operators:
+            with Operators() as operators:
                 gradients(model, model(tokens, tokens))
             counts[mode] = operators.calls
         # Of the six products of each of the two blocks, the result of the last is not needed again.
@@ -317,17 +317,17 @@ class TestLoss:
     def test_logits_of_a_batch_never_exist_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(loss_module, "CPU_CHUNK", 16)
         model, tokens = Transformer(small_config()), random_tokens(8, 32)
-        with _Operators() as operators:
+        with Operators() as operators:
             model(tokens, tokens).backward()
         assert operators.largest <= max(256 * model.config.feed_forward_dim, 384 * model.config.d_model)
         assert operators.largest < 256 * VOCABULARY
 
     def test_without_gradients_none_are_computed(self, model: Transformer) -> None:
         tokens = random_tokens(2, 32)
-        with torch.no_grad(), _Operators() as operators:
+        with torch.no_grad(), Operators() as operators:
             model(tokens, tokens)
         assert "scatter_add_" not in operators.calls
-        with _Operators() as operators:
+        with Operators() as operators:
             model(tokens, tokens)
         assert "scatter_add_" in operators.calls
 
@@ -557,21 +557,3 @@ def _last_residual(model: Transformer, tokens: Tensor) -> Tensor:
     model(tokens)
     handle.remove()
     return seen[0]
-
-
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operators that run inside, and the elements of the largest floating-point tensor they make."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: dict[str, int] = {}
-        self.largest = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        self.calls[name] = self.calls.get(name, 0) + 1
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                self.largest = max(self.largest, tensor.numel())
-        return result

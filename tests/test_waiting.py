@@ -16,7 +16,7 @@ START = Use(moment=10.0, all=500.0, own=3.0)
 
 BUSY = "import time\nwhile time.process_time() < 0.5: pass"
 
-# By what the watch reads, others have more cores than there are, then none: there are more threads, then as many as before.
+# By what the watch reads, others have more cores than there are, then none: threads come, and go again.
 WATCH = """
 import itertools, os, threading, time
 import torch

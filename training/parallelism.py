@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.attention import Shared
+from model.lookup import use_exact_lookups
 from model.transformer import Transformer
 from training.distributed import Process
 from training.layout import Layout
@@ -40,6 +41,8 @@ def parallelise(model: Transformer, layout: Layout, compiling: bool) -> nn.Modul
             for block in model.blocks:
                 block.forward = _compiled_in_training(block.forward)
         return model
+    if compiling:
+        use_exact_lookups(model)
     forward = compiled(model) if compiling else model
     if layout.data_size == 1:
         return forward

@@ -13,6 +13,7 @@ from data.data_loader import SampleSource
 from model.checkpoint import load_checkpoint
 from model.devices import is_out_of_memory
 from model.float8 import use_float8
+from model.onednn import use_onednn
 from model.transformer import Transformer
 from training import randomness
 from training.checkpointing import Best, best_checkpoint
@@ -121,6 +122,8 @@ def train(
         model.z_loss = training.z_loss
         if training.fp8:
             use_float8(model)
+        elif not precision.mixed and plan.layout.tensor == 1:
+            use_onednn(model)
         optimizers = make_optimizers(model, training, compiling and process.device.type == "cuda", plan.layout)
         guard = SpikeGuard(training.spike_factor, training.max_skipped_in_a_row, process.device)
         progress = Progress(samples=len(source), data_fingerprint=data_fingerprint)
