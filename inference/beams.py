@@ -123,8 +123,7 @@ class BeamSearch:
         beam = _Beam(self._slots.take(list(ids)), request.writing(self._tokenizer), progress)
         return _Search(place, request, ids, limit, [beam])
 
-    @uninterrupted()
-    @torch.inference_mode()
+    @uninterrupted
     def _step(self, active: Sequence[_Search]) -> None:
         slots, logits = self._slots.step()
         rows = {id(slot): row for row, slot in enumerate(slots)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -92,15 +93,17 @@ class Chooser:
             for past, row in zip(counting, self._counts, strict=True):
                 past.counts = row
         self._asked = [place for place, request in enumerate(requests) if request.logprobs is not None]
+        self._constrained = any(past.progress is not None for past in pasts)
         self._alternatives = max((request.logprobs or 0 for request in requests), default=0)
 
     def serves(self, pasts: Sequence[Past]) -> bool:
         """Whether `pasts` are those of this batch, in its order."""
-        return len(pasts) == len(self._pasts) and all(map(lambda one, other: one is other, pasts, self._pasts))
+        return len(pasts) == len(self._pasts) and all(map(operator.is_, pasts, self._pasts))
 
     def __call__(self, logits: Tensor) -> list[tuple[int, TokenLogprobs | None]]:
         """The next token of every sequence by `logits` `(batch, vocab)`, with what was asked to be known of it."""
-        logits = logits[:, : self._vocab_size].to(self._device).float()  # a model may have more than there are tokens
+        # A model may have more than there are tokens.
+        logits = logits[:, : self._vocab_size].to(self._device, torch.float32)
         tokens = choose(logits, self._settings, self._uniforms(), self._present, self._counts, self._allowed())
         self._remember(tokens)
         if not self._asked:
@@ -121,7 +124,7 @@ class Chooser:
 
     def _allowed(self) -> Tensor | None:
         """The tokens that each row may draw, `(batch, vocab)` bool; None where all may draw any."""
-        if all(past.progress is None for past in self._pasts):
+        if not self._constrained:
             return None
         bits = torch.full((len(self._pasts), -(-self._vocab_size // 32)), -1, dtype=torch.int32)
         for row, past in zip(bits, self._pasts, strict=True):

@@ -37,6 +37,7 @@ class CompiledRunner:
         for tensor in (cache.keys, cache.values, cache.lengths, self._tokens):
             torch._dynamo.mark_static_address(tensor)
 
+    @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> Tensor:
         """See `Runner`."""
         for chunk in chunks:

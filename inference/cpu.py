@@ -39,6 +39,7 @@ class CPUModel:
         self._threads = torch.get_num_threads()
         self._crew = Crew(self._threads)
         self._keys, self._values = _array(cache.keys), _array(cache.values)
+        self._tables = [cast(Tensor, table.weight).detach() for table in model.value_embeddings.values()]
         self._vocab_size = cast(int, config.vocab_size)
         self._shape = Shape(
             config.n_heads,
@@ -74,7 +75,7 @@ class CPUModel:
 
         Returns the float32 logits `(len(wanted), vocab_size)` after the tokens `wanted`; the next call overwrites them.
         """
-        count, tables = len(tokens), self._model.value_embeddings.values()
+        count = len(tokens)
         if min(tokens) < 0 or max(tokens) >= self._vocab_size:
             raise IndexError(f"one of {min(tokens)} to {max(tokens)} is not in a vocabulary of {self._vocab_size}")
         if count > len(self._memory.x):
@@ -83,14 +84,14 @@ class CPUModel:
         now.counts[:] = count, len(wanted)
         now.ids[:count], now.rows[:count], now.positions[:count] = tokens, rows, positions
         now.wanted[: len(wanted)] = wanted
-        for place, table in enumerate(tables):
-            now.value_rows[place, :count] = F.embedding(torch.tensor(tokens), cast(Tensor, table.weight)).float()
+        for place, table in enumerate(self._tables):
+            now.value_rows[place, :count] = F.embedding(torch.tensor(tokens), table).float()
         self._crew.run(step, self._bound)
         return soft_capped(self._logits[: len(wanted)], self._model.config.logit_soft_cap)
 
     def _make_room(self, tokens: int) -> None:
         """Have memory for steps of so many tokens."""
-        tables, width = len(self._model.value_embeddings), self._shape.kv_heads * self._shape.head_dim
+        tables, width = len(self._tables), self._shape.kv_heads * self._shape.head_dim
         self._memory = self._allocate(tokens)
         self._logits = torch.from_numpy(self._memory.logits)
         ids, rows, positions, wanted = np.zeros((4, tokens), np.int64)

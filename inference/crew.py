@@ -7,6 +7,7 @@ another by looking at a counter, and stay awake for a while after a step, in whi
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -84,6 +85,7 @@ class Crew:
         self._threads = threads
         self._others = ThreadPoolExecutor(threads - 1, "decode") if threads > 1 else None
         self._lines = np.zeros((threads, LINE // 8), np.int64)  # the counter, and what the other threads are up to
+        self._counter: int = self._lines.ctypes.data
         self._working: dict[int, Future[Any]] = {}
         self._called: tuple[Any, ...] = ()
 
@@ -93,11 +95,11 @@ class Crew:
         Work that ends with `called_again` is taken up again without delay where the arguments are the same objects;
         what changes from call to call is what arrays hold.
         """
-        call, crew = (work, *arguments), (self._threads, self._lines.ctypes.data)
-        same = len(call) == len(self._called) and all(map(lambda one, other: one is other, call, self._called))
+        call, crew = (work, *arguments), (self._threads, self._counter)
+        same = len(call) == len(self._called) and all(map(operator.is_, call, self._called))
         self._called = call
         for thread in range(1, self._threads):
-            state = crew[1] + LINE * thread
+            state = self._counter + LINE * thread
             if not (same and _tell(state, _CALLED)):
                 _tell(state, _GONE)
                 assert self._others is not None

@@ -204,8 +204,7 @@ class Engine:
             for number in index:
                 self.cancel(number)
 
-    @uninterrupted()
-    @torch.inference_mode()
+    @uninterrupted
     def step(self) -> list[Piece]:
         """A token for every running sequence whose prompt is through, or several where they were guessed.
 
@@ -260,7 +259,7 @@ class Engine:
         pasts, rows = [sequence.past for sequence, _ in due], [row for _, row in due]
         if self._chooser is None or not self._chooser.serves(pasts):
             self._chooser = Chooser(pasts, self._tokenizer.vocab_size, self._sampling_device)
-        return self._chooser(logits if len(rows) == len(logits) else logits[rows])
+        return self._chooser(logits if len(rows) == logits.shape[0] else logits[rows])
 
     def _accept(self, sequence: _Sequence, token: int, logprobs: TokenLogprobs | None) -> tuple[Piece, bool]:
         """Append a drawn token to its sequence; work out the text it makes certain, and whether it is the last.

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+# `signal` is made of these, and looks for the names of handlers as well, which takes longer than all the rest here.
+import _signal as signals  # type: ignore[import-not-found]
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold SIGINT back until the block is done; it then goes to the handler that was there before.
+def uninterrupted(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Hold SIGINT back until a call of `function` is done; it then goes to the handler that was there before.
 
     Python runs signal handlers between any two instructions of the main thread. Threads that wait for one another
-    inside the block would then wait for ever, and what they share would be half changed.
+    inside the call would then wait for ever, and what they share would be half changed.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    held = False
 
-    def hold(_signal: int, _frame: object) -> None:
-        nonlocal held
-        held = True
+    @wraps(function)
+    def whole(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        before: Any = signals.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(before):
+            return function(*args, **kwargs)
+        held = False
 
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if held:
-            signal.raise_signal(signal.SIGINT)
+        def hold(_signal: int, _frame: object) -> None:
+            nonlocal held
+            held = True
+
+        signals.signal(signal.SIGINT, hold)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            signals.signal(signal.SIGINT, before)
+            if held:
+                signal.raise_signal(signal.SIGINT)
+
+    return whole

@@ -33,8 +33,9 @@ class Chunk(NamedTuple):
 class Runner(Protocol):
     """Runs chunks, at most one for each row; the logits `(all that are wanted, vocab_size)` come back in their order.
 
-    They may be overwritten by the next call. `token_cost` is what a further token adds to the time of a step, as a
-    share of that of a step over one token; infinite for a runner that gives the logits after the last token only.
+    They have no gradients, and may be overwritten by the next call. `token_cost` is what a further token adds to the
+    time of a step, as a share of that of a step over one token; infinite for a runner that gives the logits after the
+    last token only.
     """
 
     token_cost: float
@@ -134,6 +135,7 @@ class ModelRunner:
         return neighbours and (decoded or all(chunk.start == 0 for chunk in chunks))
 
 
+@torch.inference_mode()
 def run_rows(model: Transformer, cache: KVCache, chunks: Sequence[Chunk]) -> Tensor:
     """One forward pass over neighbouring rows, padded on the right: logits `(all that are wanted, vocab_size)`."""
     device = cache.lengths.device
