@@ -57,12 +57,9 @@ def distributed_train(
     end the run: the others wait for another one in its place, and all go on from
     the latest checkpoint.
     """
-    from training.waiting import watch_cores
-
     settings = [*with_determinism(overrides, deterministic), *([f"training.device={device}"] if device else [])]
     if resume is None:
         resolve(recipe, settings, print_config)
-    watch_cores()
     from pathlib import Path
 
     from training.launch import Machines, check_gpus, launch

@@ -104,6 +104,7 @@ def _pass_on_save_requests() -> None:
     """SIGUSR1 asks a run to save and go on; torchrun passes on only what asks it to stop.
 
     It is blocked, here and so in the processes that are started, where it would otherwise end one that is not ready.
+    A thread that was started before this would take the signal, and it would be lost.
     """
     import psutil
 
