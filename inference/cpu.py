@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.binding import bind
-from inference.crew import Crew
-from inference.decoding import Memory, Shape, Tokens, Weights, step
+from inference.crew import LINE, Crew
+from inference.decoding import MATRICES, Memory, Shape, Tokens, Weights, step
 from inference.kernels import GELU, SQUARED_RELU, SWIGLU
 from inference.multiplication import Operands
 from inference.products import DIGITS, EXACT_INT8
@@ -188,6 +188,7 @@ class CPUModel:
             gate=room(shape.d_ff if config.activation == "swiglu" else 0),
             scores=room(self._keys.shape[3], self._threads),
             logits=room(shape.vocab_size),
+            queues=np.zeros((len(MATRICES), self._threads, LINE // 8), np.int64),
         )
 
 

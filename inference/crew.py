@@ -78,6 +78,20 @@ def share(count: int, thread: int, threads: int) -> tuple[int, int]:
     return count * thread // threads, count * (thread + 1) // threads
 
 
+@kernel
+def take(queue: int, count: int) -> tuple[int, int]:
+    """Half of what is left of `count` pieces of work: from the first to before the second, which are equal at its end.
+
+    At address `queue` is an int64, how many have been taken; 0 at the beginning. So a thread that is ahead takes over
+    from one whose core has less time for it, or less of the memory's, and seldom asks.
+    """
+    while True:
+        taken = look(queue)
+        after = taken + (count - taken + 1) // 2
+        if taken >= count or change(queue, taken, after):
+            return taken, after
+
+
 class Crew:
     """`threads` threads, of which the caller's is one."""
 

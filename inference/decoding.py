@@ -16,7 +16,7 @@ from inference.kernels import activate, attend, exponential, keep, normalise, pl
 from inference.multiplication import Operands, multiply, prepare
 from inference.vectors import widened
 
-QUERY, KEY, VALUE, OUTPUT, UP, GATE, DOWN = range(7)
+QUERY, KEY, VALUE, OUTPUT, UP, GATE, DOWN, HEAD = MATRICES = range(8)
 
 
 class Shape(NamedTuple):
@@ -83,7 +83,8 @@ class Tokens(NamedTuple):
 class Memory(NamedTuple):
     """What a step writes over, float32: a row per token; or operands of `multiplication.multiply`.
 
-    `x` is the residual stream; `scores` has a row per thread, and `normal` rows `(threads, tokens, width)`.
+    `x` is the residual stream; `scores` has a row per thread, and `normal` rows `(threads, tokens, width)`. `queues`
+    `(8, threads, 8)` int64: which rows of the matrices have been taken, each with a line of the cache.
     """
 
     x: Any
@@ -95,6 +96,7 @@ class Memory(NamedTuple):
     gate: Any
     scores: Any
     logits: Any
+    queues: Any
 
 
 @kernel
@@ -129,9 +131,11 @@ def _run(
     keys: Any,
     values: Any,
 ) -> None:
-    # Each thread makes for itself what it would else have to wait for; its columns of the residual stream, and its
-    # heads where they can be shared out evenly, are its own from one product to the next.
+    # Each thread makes for itself what it would else have to wait for; its heads, where they can be shared out evenly,
+    # are its own. Each empties its queues between two meetings at which nobody takes from them.
     tokens, wanted = now.counts[0], now.counts[1]
+    queues = memory.queues
+    queues[:, thread, 0] = 0
     width, none = memory.x.shape[1], weights.final_norm[0, :0]
     apart = shape.kv_heads % threads == 0
     normal = Operands(memory.normal.rows[thread], memory.normal.digits, memory.normal.units)
@@ -140,6 +144,7 @@ def _run(
     for layer in range(len(weights.matrices)):
         matrices, norms = weights.matrices[layer], weights.norms[layer]
         if weights.residual_scales.size:
+            meet(thread, threads, counter)
             _mix_in_embedding(thread, threads, layer, tokens, weights, memory)
         meet(thread, threads, counter)
         for t in range(tokens):
@@ -148,35 +153,38 @@ def _run(
         first = 0
         for which in range(3):
             height, bias = (shape.heads if which == 0 else shape.kv_heads) * shape.head_dim, weights.qkv_bias[layer]
-            out = memory.qkv
-            multiply(thread, threads, weights.kind, matrices[which], bias, normal, tokens, out, first, height, False)
+            queue, matrix, out = queues[which], matrices[which], memory.qkv
+            multiply(thread, threads, queue, weights.kind, matrix, bias, normal, tokens, out, first, height, False)
             first += height
-        if not apart:
-            meet(thread, threads, counter)
+        meet(thread, threads, counter)
+        queues[OUTPUT:HEAD, thread, 0] = 0
         _place_all(thread, threads, layer, shape, weights, memory, normal, now, keys, values)
         if not apart:
             meet(thread, threads, counter)
         _attend_all(thread, threads, layer, shape, weights, memory, now, keys, values)
         meet(thread, threads, counter)
-        bias = weights.output_bias[layer]
         prepare(thread, weights.kind, memory.mixed, tokens)
-        multiply(thread, threads, weights.kind, matrices[OUTPUT], bias, memory.mixed, tokens, memory.x, 0, width, True)
+        queue, matrix, bias, out = queues[OUTPUT], matrices[OUTPUT], weights.output_bias[layer], memory.x
+        multiply(thread, threads, queue, weights.kind, matrix, bias, memory.mixed, tokens, out, 0, width, True)
         meet(thread, threads, counter)
         for t in range(tokens):
             normalise(memory.x[t], norms[1, 0], norms[1, 1], shape.rms, shape.eps, normal.rows[t])
         prepare(thread, weights.kind, normal, tokens)
+        queues[QUERY:OUTPUT, thread, 0] = 0
         _widen(thread, threads, layer, tokens, shape, weights, memory, normal)
         meet(thread, threads, counter)
-        bias = weights.down_bias[layer]
+        _activate_all(thread, threads, tokens, shape, memory)
+        meet(thread, threads, counter)
         prepare(thread, weights.kind, memory.hidden, tokens)
-        multiply(thread, threads, weights.kind, matrices[DOWN], bias, memory.hidden, tokens, memory.x, 0, width, True)
+        queue, matrix, bias, out = queues[DOWN], matrices[DOWN], weights.down_bias[layer], memory.x
+        multiply(thread, threads, queue, weights.kind, matrix, bias, memory.hidden, tokens, out, 0, width, True)
     meet(thread, threads, counter)
     for i in range(wanted):
         scale, bias = weights.final_norm[0], weights.final_norm[1]
         normalise(memory.x[now.wanted[i]], scale, bias, shape.rms, shape.eps, normal.rows[i])
-    kind, out = weights.head_kind, memory.logits
+    kind, matrix, queue, out = weights.head_kind, weights.head, queues[HEAD], memory.logits
     prepare(thread, kind, normal, wanted)
-    multiply(thread, threads, kind, weights.head, none, normal, wanted, out, 0, shape.vocab_size, False)
+    multiply(thread, threads, queue, kind, matrix, none, normal, wanted, out, 0, shape.vocab_size, False)
 
 
 @kernel
@@ -282,14 +290,20 @@ def _widen(
     memory: Memory,
     normal: Operands,
 ) -> None:
-    """The first half of the feed-forward layer, with its activation."""
-    matrices, rows, up_bias, kind = weights.matrices[layer], shape.d_ff, weights.up_bias[layer], weights.kind
-    gated = memory.gate.size > 0
-    if gated:
-        bias = up_bias[rows:]
-        multiply(thread, threads, kind, matrices[GATE], bias, normal, tokens, memory.gate, 0, rows, False)
-    bias, out = up_bias[:rows], memory.hidden.rows
-    multiply(thread, threads, kind, matrices[UP], bias, normal, tokens, out, 0, rows, False)
-    begin, end = share(rows, thread, threads)
+    """The products of the first half of the feed-forward layer."""
+    rows, kind, queues = shape.d_ff, weights.kind, memory.queues
+    up_bias = weights.up_bias[layer]
+    if memory.gate.size:
+        matrix, bias, out = weights.matrices[layer, GATE], up_bias[rows:], memory.gate
+        multiply(thread, threads, queues[GATE], kind, matrix, bias, normal, tokens, out, 0, rows, False)
+    matrix, bias, out = weights.matrices[layer, UP], up_bias[:rows], memory.hidden.rows
+    multiply(thread, threads, queues[UP], kind, matrix, bias, normal, tokens, out, 0, rows, False)
+
+
+@kernel
+def _activate_all(thread: int, threads: int, tokens: int, shape: Shape, memory: Memory) -> None:
+    """The activation of the feed-forward layer."""
+    hidden, gated = memory.hidden.rows, memory.gate.size > 0
+    begin, end = share(shape.d_ff, thread, threads)
     for t in range(tokens):
-        activate(out[t], memory.gate[t] if gated else out[t], begin, end, shape.activation)
+        activate(hidden[t], memory.gate[t] if gated else hidden[t], begin, end, shape.activation)

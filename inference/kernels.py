@@ -12,7 +12,7 @@ import numpy as np
 
 from data.compiled import kernel
 from inference.products import add_products, added_up, no_products
-from inference.vectors import LANES, filled, narrowed, number, numbers, power_of_two, put_numbers, widened
+from inference.vectors import LANES, filled, narrowed, number, numbers, power_of_two, put_numbers
 
 FLOAT32 = np.empty(0, np.float32)
 GELU, SQUARED_RELU, SWIGLU = 0, 1, 2
@@ -114,26 +114,55 @@ def keep(vector: Any, cell: Any) -> None:
 @kernel
 def attend(query: Any, keys: Any, values: Any, begin: int, end: int, scores: Any, out: Any) -> None:
     """Attention of one head's `query` `(head_dim,)` to positions `begin` to `end` of `(positions, head_dim)`."""
-    width = len(query)
+    width, seen = len(query), end - begin
     vectors, key, other = width // LANES * LANES, keys.ctypes.data, query.ctypes.data
     largest, scale = np.float32(-np.inf), np.float32(1.0 / np.sqrt(width))
-    for s in range(begin, end):
-        sums, row = no_products(FLOAT32), s * width
+    for s in range(seen):
+        sums, row = no_products(FLOAT32), (begin + s) * width
         for j in range(0, vectors, LANES):
             sums = add_products(numbers(keys, key, row + j), numbers(FLOAT32, other, j), sums)
         score = added_up(sums)
         for j in range(vectors, width):
             score += number(keys, key, row + j) * query[j]
         score *= scale
-        scores[s - begin] = score
+        scores[s] = score
         largest = max(largest, score)
     summed = np.float32(0.0)
-    for s in range(end - begin):
+    for s in range(seen):
         scores[s] = exponential(scores[s] - largest)
-    for s in range(end - begin):
+    for s in range(seen):
         summed += scores[s]
-    out[:] = np.float32(0.0)
-    for s in range(begin, end):
-        share_of_it = scores[s - begin] / summed
-        for j in range(width):
-            out[j] += share_of_it * widened(values[s, j])
+    for s in range(seen):
+        scores[s] /= summed
+    _mix(values, begin * width, seen, width, scores, out)
+
+
+@kernel
+def _mix(values: Any, first: int, seen: int, width: int, shares: Any, out: Any) -> None:
+    """The sum of `seen` rows of `width` numbers, from element `first` of `values` on, times their `shares`."""
+    start, target, j = values.ctypes.data, out.ctypes.data, 0
+    while j + 4 * LANES <= width:
+        a, b, c, d = no_products(FLOAT32), no_products(FLOAT32), no_products(FLOAT32), no_products(FLOAT32)
+        for s in range(seen):
+            part, at = filled(shares[s]), first + s * width + j
+            a = add_products(numbers(values, start, at), part, a)
+            b = add_products(numbers(values, start, at + LANES), part, b)
+            c = add_products(numbers(values, start, at + 2 * LANES), part, c)
+            d = add_products(numbers(values, start, at + 3 * LANES), part, d)
+        put_numbers(target, j, a)
+        put_numbers(target, j + LANES, b)
+        put_numbers(target, j + 2 * LANES, c)
+        put_numbers(target, j + 3 * LANES, d)
+        j += 4 * LANES
+    while j + LANES <= width:
+        a = no_products(FLOAT32)
+        for s in range(seen):
+            a = add_products(numbers(values, start, first + s * width + j), filled(shares[s]), a)
+        put_numbers(target, j, a)
+        j += LANES
+    while j < width:
+        rest = np.float32(0.0)
+        for s in range(seen):
+            rest += number(values, start, first + s * width + j) * shares[s]
+        out[j] = rest
+        j += 1

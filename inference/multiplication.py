@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.compiled import kernel
-from inference.crew import share
+from inference.crew import share, take
 from inference.products import (
     LARGEST,
     add_products,
@@ -75,6 +75,7 @@ def prepare(thread: int, kind: Any, operands: Operands, tokens: int) -> None:
 def multiply(
     thread: int,
     threads: int,
+    queues: Any,
     kind: Any,
     matrix: Any,
     bias: Any,
@@ -87,38 +88,45 @@ def multiply(
 ) -> None:
     """Put `tokens` prepared operands times a transposed matrix into `out[:tokens, first : first + rows]`.
 
-    This thread does its share of the `rows` of the matrix. `matrix` is three addresses: of the numbers, stored as those
-    of the empty array `kind` (see `vectors.read_numbers`); of a float32 scale per row, or 0; of a scale per group.
-    `adding` adds to what is there; `bias[first : first + rows]` is added too, unless it is empty.
+    This thread does its share of the `rows` of the matrix, and then what others have not come to yet of theirs; each
+    has a row of `queues`, which begins with 0 (see `crew.take`). `matrix` is three addresses: of the numbers, stored as
+    those of the empty array `kind` (see `vectors.read_numbers`); of a float32 scale per row, or 0; of a scale per
+    group. `adding` adds to what is there; `bias[first : first + rows]` is added too, unless it is empty.
     """
     weight, row_scale, group_scale, width = matrix[0], matrix[1], matrix[2], operands.rows.shape[1]
     x = operands.digits[thread].ctypes.data if exact(kind) else operands.rows.ctypes.data
-    begin, end = share(rows, thread, threads)
-    size, blocks = out.shape[1] * 4, (end - begin + 3) // 4
-    added = bias.ctypes.data + first * 4 if bias.size else 0
-    # Processors fetch ahead of whoever reads straight on, in several places at a time if these are far apart; but of
-    # rows that are multiplied more than once, neighbours stay in the cache.
-    apart, stride = (blocks, 1) if tokens == 1 else (1, 4)
-    for block in range(blocks):
-        r, token = begin + block * stride, 0
-        target, units = out.ctypes.data + first * 4, operands.units[thread].ctypes.data if exact(kind) else 0
-        four = r, r + apart, r + 2 * apart, r + 3 * apart
-        while not exact(kind) and token + 4 <= tokens:  # sums of digits would not fit into the registers
-            found = _four_times(kind, weight, group_scale, four, end, width, x, token * width)
-            _store(kind, found[0], units, row_scale, added, target, four, end, adding)
-            _store(kind, found[1], units, row_scale, added, target + size, four, end, adding)
-            _store(kind, found[2], units, row_scale, added, target + 2 * size, four, end, adding)
-            _store(kind, found[3], units, row_scale, added, target + 3 * size, four, end, adding)
-            token, target = token + 4, target + 4 * size
-        while token + 2 <= tokens:
-            pair = _twice(kind, weight, group_scale, four, end, width, x, token * width)
-            _store(kind, pair[0], units, row_scale, added, target, four, end, adding)
-            _store(kind, pair[1], units + 16, row_scale, added, target + size, four, end, adding)
-            token, units, target = token + 2, units + 2 * 16, target + 2 * size
-        while token < tokens:
-            once = _once(kind, weight, group_scale, four, end, width, x, token * width)
-            _store(kind, once, units, row_scale, added, target, four, end, adding)
-            token, units, target = token + 1, units + 16, target + size
+    size, added = out.shape[1] * 4, bias.ctypes.data + first * 4 if bias.size else 0
+    for turn in range(threads):
+        other = (thread + turn) % threads
+        begin, end = share(rows, other, threads)
+        queue, blocks = queues[other].ctypes.data, (end - begin + 3) // 4
+        # Processors fetch ahead of whoever reads straight on, in several places at a time if these are far apart; but
+        # of rows that are multiplied more than once, neighbours stay in the cache.
+        apart, stride = (blocks, 1) if tokens == 1 else (1, 4)
+        block, after = take(queue, blocks)
+        while block < after:
+            r, token = begin + block * stride, 0
+            target, units = out.ctypes.data + first * 4, operands.units[thread].ctypes.data if exact(kind) else 0
+            four = r, r + apart, r + 2 * apart, r + 3 * apart
+            while not exact(kind) and token + 4 <= tokens:  # sums of digits would not fit into the registers
+                found = _four_times(kind, weight, group_scale, four, end, width, x, token * width)
+                _store(kind, found[0], units, row_scale, added, target, four, end, adding)
+                _store(kind, found[1], units, row_scale, added, target + size, four, end, adding)
+                _store(kind, found[2], units, row_scale, added, target + 2 * size, four, end, adding)
+                _store(kind, found[3], units, row_scale, added, target + 3 * size, four, end, adding)
+                token, target = token + 4, target + 4 * size
+            while token + 2 <= tokens:
+                pair = _twice(kind, weight, group_scale, four, end, width, x, token * width)
+                _store(kind, pair[0], units, row_scale, added, target, four, end, adding)
+                _store(kind, pair[1], units + 16, row_scale, added, target + size, four, end, adding)
+                token, units, target = token + 2, units + 2 * 16, target + 2 * size
+            while token < tokens:
+                once = _once(kind, weight, group_scale, four, end, width, x, token * width)
+                _store(kind, once, units, row_scale, added, target, four, end, adding)
+                token, units, target = token + 1, units + 16, target + size
+            block += 1
+            if block == after:
+                block, after = take(queue, blocks)
 
 
 @kernel

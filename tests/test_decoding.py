@@ -100,10 +100,23 @@ def test_eight_bits_are_multiplied_as_precisely_as_float32_rounds() -> None:
     scales, found, kind = np.ones(9, np.float32), np.zeros((3, 9), np.float32), np.empty(0, np.int8)
     prepare(0, kind, operands, 3)
     addresses = np.array([matrix.ctypes.data, scales.ctypes.data, 0])
-    multiply(0, 1, kind, addresses, np.empty(0, np.float32), operands, 3, found, 0, 9, False)
+    queues = np.zeros((1, 1), np.int64)
+    multiply(0, 1, queues, kind, addresses, np.empty(0, np.float32), operands, 3, found, 0, 9, False)
     error = np.abs(found - x.astype(np.float64) @ matrix.T.astype(np.float64)).max(axis=1)
     # Rounding `width` elements by up to half a unit each, times weights of that spread, gives 600 units or so.
     assert (error < 4000 * np.abs(x).max(axis=1) / 2**23).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_thread_does_what_the_others_do_not_come_to_and_nothing_twice(tokens: int) -> None:
+    random, threads, rows = np.random.default_rng(0), 3, 50
+    matrix, x = random.standard_normal((rows, 64), np.float32), random.standard_normal((tokens, 64), np.float32)
+    digits, bias, kind = np.zeros((0, 0, 0), np.int8), np.zeros(0, np.float32), np.empty(0, np.float32)
+    operands, queues = Operands(x, digits, np.zeros((0, 0, 0))), np.zeros((threads, 8), np.int64)
+    addresses, found = np.array([matrix.ctypes.data, 0, 0]), np.zeros((tokens, rows), np.float32)
+    for thread in (1, 0, 2):
+        multiply(thread, threads, queues, kind, addresses, bias, operands, tokens, found, 0, rows, True)
+        np.testing.assert_allclose(found, x @ matrix.T, atol=1e-4)
 
 
 @kernel
