@@ -122,7 +122,7 @@ def ablate(
     output: Annotated[Path | None, typer.Option(help="Write every run as JSON too.")] = None,
 ) -> None:
     """Train a recipe, and the recipe with each means switched, and compare losses and processor seconds."""
-    from training.waiting import watch_cores
+    from model.waiting import watch_cores
 
     watch_cores()
     variants = choose(config, overrides or [], only, also)

@@ -62,7 +62,7 @@ def compare(
     gguf: Annotated[list[Path] | None, typer.Option(help="A file for it; may be repeated.")] = None,
 ) -> None:
     """Time decoding."""
-    from training.waiting import watch_cores
+    from model.waiting import watch_cores
 
     watch_cores()
     import torch

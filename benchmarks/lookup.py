@@ -104,7 +104,7 @@ def compare(
     rounds: Annotated[int, typer.Option(help="Turns of each.")] = 5,
 ) -> None:
     """Time look-up."""
-    from training.waiting import watch_cores
+    from model.waiting import watch_cores
 
     watch_cores()
     import torch

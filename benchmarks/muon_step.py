@@ -26,8 +26,8 @@ def compare(
     rounds: Annotated[int, typer.Option(help="Steps of each optimizer.")] = 25,
 ) -> None:
     """Time a step of Muon on the matrices of the configured model."""
+    from model.waiting import watch_cores
     from training.environment import keep_freed_memory
-    from training.waiting import watch_cores
 
     watch_cores()
     import torch

@@ -39,7 +39,7 @@ def measure(
     folder: Annotated[Path, typer.Option(help="Where a folder for the checkpoints is made.")] = Path("."),
 ) -> None:
     """Measure steps with a save and without."""
-    from training.waiting import watch_cores
+    from model.waiting import watch_cores
 
     watch_cores()
     with TemporaryDirectory(dir=folder) as checkpoints:

@@ -8,6 +8,8 @@ another by looking at a counter, and stay awake for a while after a step, in whi
 from __future__ import annotations
 
 import operator
+import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -17,6 +19,7 @@ from numba import types
 
 from data.compiled import kernel
 from inference.vectors import add_atomically, change, look
+from model.waiting import Sleep
 
 PATIENCE = 10_000  # looks before a thread lets others have its core
 LINGERING = 4000  # looks after that, a millisecond or two, before it goes to sleep between two calls
@@ -102,6 +105,8 @@ class Crew:
         self._counter: int = self._lines.ctypes.data
         self._working: dict[int, Future[Any]] = {}
         self._called: tuple[Any, ...] = ()
+        if threads > 1 and sys.platform == "linux":
+            weakref.finalize(self, Sleep().end)
 
     def run(self, work: Callable[..., Any], *arguments: Any) -> None:
         """Call `work(thread, threads, counter, *arguments)` in every thread; see `meet`.

@@ -112,7 +112,7 @@ def evaluate(
     _refuse_mixture(for_text if names else for_tasks, bool(names))
     if text and source:
         raise UserError("--text and --source are two different texts. Give one of them.")
-    from training.waiting import watch_cores
+    from model.waiting import watch_cores
 
     watch_cores()
     from training.distributed import open_process

@@ -86,7 +86,7 @@ def finetune(
     "rejected": ...} the model learns to prefer the chosen answer (DPO), with
     --config config/recipes/dpo.yaml. Settings: config/recipes/finetune.yaml.
     """
-    from training.waiting import watch_cores
+    from model.waiting import watch_cores
 
     watch_cores()
     from config.load import to_yaml

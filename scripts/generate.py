@@ -144,7 +144,7 @@ def generate(
     if probabilities and config.generation.beams > 1:
         raise UserError("--probabilities shows those of drawn texts, not of a beam search. Leave it out, or --beams.")
     text = _read_prompt(prompt, prompt_file)
-    from training.waiting import watch_cores
+    from model.waiting import watch_cores
 
     watch_cores()
     from inference.loading import load_for_generation

@@ -50,7 +50,7 @@ def import_model(
     target = output or Path(config.training.checkpoint_dir) / name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already. Give another folder as --output.")
-    from training.waiting import watch_cores
+    from model.waiting import watch_cores
 
     watch_cores()
     from model.huggingface.adapter import check_adapter

@@ -101,7 +101,7 @@ def serve(
         raise UserError(
             f"Without an API key, {host} would be open to the network: give --api-key-file or set {ENVIRONMENT_KEY}."
         )
-    from training.waiting import watch_cores
+    from model.waiting import watch_cores
 
     watch_cores()
     from inference.engine import Engine

@@ -56,7 +56,7 @@ def train(
     For several GPUs use scripts/distributed_train.py. With --reproduce, a run is
     run again and told whether it came to the same bits: the exit status is 1 if not.
     """
-    from training.waiting import watch_cores
+    from model.waiting import watch_cores
 
     settings = with_determinism(overrides, deterministic)
     if reproduce is not None:
@@ -119,7 +119,7 @@ def _refuse_beside_reproduce(recipe: Path | None, resume: str | None) -> None:
 
 def _reproduce(directory: Path, settings: list[str], print_config: bool) -> None:
     """Run the run of `directory` again, under another name, and say whether it came to the same bits."""
-    from training.waiting import watch_cores
+    from model.waiting import watch_cores
 
     watch_cores()
     import os

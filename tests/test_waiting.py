@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from training.waiting import Use, crowded, use_of_cores
+from model.waiting import Use, crowded, use_of_cores
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's /proc")
 
@@ -20,7 +20,7 @@ BUSY = "import time\nwhile time.process_time() < 0.5: pass"
 WATCH = """
 import itertools, os, threading, time
 import torch
-from training.waiting import CoreWatch, Use
+from model.waiting import CoreWatch, Use
 
 others, readings = [1000.0], itertools.count()
 def use():
@@ -41,7 +41,25 @@ others[0] = -1e6
 print(crowded, settled(False))
 """
 
-NAMES = "import threading, training.waiting as w; w.watch_cores(); print([t.name for t in threading.enumerate()])"
+# Threads of decoding wait in their own way; PyTorch's may spin again only when the last of them are forgotten.
+CREWS = """
+import threading, time
+import torch
+from inference.crew import Crew
+
+def sleeping():
+    time.sleep(0.2)
+    return any(thread.name == "sleeping-team" for thread in threading.enumerate())
+
+one, other = Crew(2), Crew(2)
+print(sleeping(), end=" ")
+del one
+print(sleeping(), end=" ")
+del other
+print(sleeping())
+"""
+
+NAMES = "import threading, model.waiting as w; w.watch_cores(); print([t.name for t in threading.enumerate()])"
 
 
 @pytest.mark.parametrize(
@@ -88,3 +106,11 @@ def test_what_the_user_has_set_stands(setting: str | None, watched: bool) -> Non
     done = subprocess.run([sys.executable, "-c", NAMES], env=environment, capture_output=True, text=True, check=True)
 
     assert ("core-watch" in done.stdout) is watched
+
+
+def test_threads_sleep_while_a_crew_decodes() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+
+    done = subprocess.run([sys.executable, "-c", CREWS], env=environment, capture_output=True, text=True, timeout=300)
+
+    assert done.stdout.split() == ["True", "True", "False"], done.stderr

@@ -3,7 +3,8 @@
 To wake a thread that sleeps takes longer than most operations of a small model, so threads that sleep at once took
 three times as long for a step of the demo as threads that spin. Where another process is busy on the same cores it is
 the other way round: a thread that spins takes the time of the very one it waits for. So it is looked at, every second,
-whether others are.
+whether others are. Others are also the threads of decoding, which wait in a way of their own: those of PyTorch that
+still spun after a prompt, or after drawing a token, made a step take twice as long.
 
 GNU's OpenMP spins for some milliseconds; for a moment only while it has more threads than there are cores. So it is
 made to sleep by a second team of threads, itself asleep, and to spin again by letting that go. What is computed, and in
@@ -66,7 +67,7 @@ class CoreWatch(threading.Thread):
     def __init__(self, use: Callable[[], Use], seconds: float = SECONDS) -> None:
         super().__init__(name="core-watch", daemon=True)
         self.use, self.seconds = use, seconds
-        self.teams: list[_Team] = []
+        self.sleep: Sleep | None = None
 
     def run(self) -> None:
         """Watch until the process ends."""
@@ -84,10 +85,39 @@ class CoreWatch(threading.Thread):
 
         cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
         if threads == 1 or not crowded(before, after, cores, threads):
-            while self.teams:
-                self.teams.pop().release()
-        elif not self.teams:
-            self.teams = [_Team() for _ in range((cores - threads) // (threads - 1) + 1)]
+            if self.sleep is not None:
+                self.sleep.end()
+            self.sleep = None
+        elif self.sleep is None:
+            self.sleep = Sleep()
+
+
+class Sleep:
+    """From when it is made until `end`, OpenMP's threads sleep as soon as they wait; several may overlap."""
+
+    _lock = threading.Lock()
+    _count = 0
+    _teams: tuple[_Team, ...] = ()
+
+    def __init__(self) -> None:
+        import torch
+
+        self._ended = False
+        cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+        with Sleep._lock:
+            Sleep._count += 1
+            if not Sleep._teams and threads > 1:
+                Sleep._teams = tuple(_Team() for _ in range((cores - threads) // (threads - 1) + 1))
+
+    def end(self) -> None:
+        """Let them spin again, unless another one keeps them from it."""
+        with Sleep._lock:
+            Sleep._count -= not self._ended
+            self._ended = True
+            if not Sleep._count:
+                for team in Sleep._teams:
+                    team.release()
+                Sleep._teams = ()
 
 
 class _Team(threading.Thread):
