@@ -101,6 +101,7 @@ def test_two_processes_answer_as_one_does(folder: Path) -> None:
     settings = [*SMALL, "training.task_interval=4", "training.task_questions=10", "training.max_steps=4"]
     settings += ["training.optimizer=adamw", "training.micro_batch_size=4"]
     ways = {"one": [], "ddp": ["training.parallelism=ddp"], "fsdp": ["training.parallelism=fsdp"]}
+    ways["slices"] = ["training.tensor_parallel=2"]
     for name, way in ways.items():
         own = [*settings, *way, f"training.run_name={name}", f"training.checkpoint_dir={name}"]
         if way:
@@ -108,4 +109,4 @@ def test_two_processes_answer_as_one_does(folder: Path) -> None:
         else:
             train_command(overrides=[*own, "training.device=cpu"])
     found = [metrics(Path("runs") / name)[-1]["task_accuracy"] for name in ways]
-    assert found == pytest.approx([found[0]] * 3, abs=1e-9) and found[0] > 0
+    assert found == pytest.approx([found[0]] * 4, abs=1e-9) and found[0] > 0
