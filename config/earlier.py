@@ -9,6 +9,7 @@ from typing import Any
 
 BEFORE: dict[str, Any] = {
     "model": {
+        "d_head": None,
         "rope_scaling": None,
         "logit_soft_cap": None,
         "value_embeddings": "none",

@@ -32,6 +32,7 @@ class ModelConfig(Section):
     n_heads: PositiveInt
     n_kv_heads: PositiveInt | None
     d_model: PositiveInt
+    d_head: PositiveInt | None
     d_ff: PositiveInt | None
     context_length: PositiveInt
     vocab_size: PositiveInt | None
@@ -55,8 +56,8 @@ class ModelConfig(Section):
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.d_model // self.n_heads
+        """Width of one attention head; `d_head: null` means that all of them together are as wide as `d_model`."""
+        return self.d_head or self.d_model // self.n_heads
 
     @property
     def kv_heads(self) -> int:
@@ -92,10 +93,10 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> ModelConfig:
-        if self.d_model % self.n_heads:
+        if self.d_head is None and self.d_model % self.n_heads:
             raise ValueError(
                 f"n_heads: d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
-                f"choose n_heads from {divisors(self.d_model)}"
+                f"choose n_heads from {divisors(self.d_model)}, or set d_head"
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(
@@ -103,8 +104,11 @@ class ModelConfig(Section):
                 f"choose n_kv_heads from {divisors(self.n_heads)}"
             )
         if self.position == "rope" and self.head_dim % 2:
+            width, other = f"d_head={self.d_head}", "d_head"
+            if self.d_head is None:
+                width, other = f"d_model / n_heads = {self.head_dim}", "n_heads"
             raise ValueError(
-                f"n_heads: rotary positions need an even head width, but d_model / n_heads = {self.head_dim}; "
-                "choose another n_heads, or position: learned"
+                f"{other}: rotary positions need an even head width, but {width}; "
+                f"choose another {other}, or position: learned"
             )
         return self

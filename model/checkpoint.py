@@ -251,7 +251,8 @@ def require_same_model(saved: ModelConfig, wanted: ModelConfig, path: Path) -> N
     """Raise `UserError` unless weights of the model `saved`, found at `path`, mean the same in the model `wanted`."""
     keys = [key for key in ModelConfig.model_fields if key not in _FREE_KEYS]
     resolved = [
-        {**config.model_dump(), "n_kv_heads": config.kv_heads, "d_ff": config.feed_forward_dim}
+        config.model_dump()
+        | {"n_kv_heads": config.kv_heads, "d_head": config.head_dim, "d_ff": config.feed_forward_dim}
         for config in (saved, wanted)
     ]
     for config in resolved:

@@ -213,13 +213,13 @@ class Transformer(nn.Module):
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations to train on one token of a sequence of `length` tokens, forward and backward.
 
-        Counted as in PaLM, appendix B (Chowdhery et al., 2022): 6 for each weight that multiplies, and 12 * d_model *
-        length for the attention of each layer, or the window's length where that is less, without credit for the masked
-        half. Recomputation and the rows that pad the vocabulary are not counted: they are not useful work. A weight
-        that is frozen has no gradient of its own and counts 4.
+        Counted as in PaLM, appendix B (Chowdhery et al., 2022): 6 for each weight that multiplies, and 12 * length
+        times the width of all heads for the attention of each layer, or the window's length where that is less, without
+        credit for the masked half. Recomputation and the rows that pad the vocabulary are not counted: they are not
+        useful work. A weight that is frozen has no gradient of its own and counts 4.
         """
         seen = sum(min(length, window or length) for window in self.config.layer_windows)
-        attention = 12 * self.config.d_model * seen
+        attention = 12 * self.config.n_heads * self.config.head_dim * seen
         weights = self.num_parameters(non_embedding=True)
         trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         return 4 * weights + 2 * min(trained, weights) + attention

@@ -225,6 +225,7 @@ class TestMistakes:
             ("model.n_heads=3", ["model.n_heads", "d_model=128 is not divisible", "[1, 2, 4, 8"]),
             ("model.n_kv_heads=3", ["model.n_kv_heads", "n_heads=4 is not divisible", "[1, 2, 4]"]),
             ("model.n_heads=128", ["model.n_heads", "even head width", "position: learned"]),
+            ("model.d_head=5", ["model.d_head", "even head width", "d_head=5"]),
             ("model.dropout=1.0", ["model.dropout", "less than 1"]),
             ("model.position=absolute", ["model.position", "'absolute'", "'learned' or 'rope'"]),
             ("data.use=[web]", ["data.use", "no source 'web'", "tinystories"]),

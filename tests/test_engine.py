@@ -29,6 +29,7 @@ KINDS = {
     "rope, grouped queries": ["model.n_heads=4", "model.n_kv_heads=2"],
     "as GPT-2": ["model.position=learned", "model.norm=layernorm", "model.activation=gelu", "model.bias=true"]
     + ["model.tie_embeddings=true", "model.qk_norm=false"],
+    "wide heads": ["model.n_heads=3", "model.n_kv_heads=1", "model.d_head=20"],
     "windows and skips": ["model.n_layers=3", "model.window=5", "model.window_pattern=SL", "model.logit_soft_cap=3.0"]
     + ["model.value_embeddings=alternate", "model.residual_scaling=true"],
 }

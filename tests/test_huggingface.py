@@ -27,6 +27,8 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama tied, grouped": {**LLAMA, "tie_embeddings": "true", "n_kv_heads": 2, "d_ff": 80},
     "llama one key head, biases, theta": {**LLAMA, "n_kv_heads": 1, "bias": "true", "rope_theta": 500.0},
+    "llama with wide heads": {**LLAMA, "n_kv_heads": 2, "d_head": 24, "bias": "true"},
+    "qwen3 with narrow heads": {**LLAMA, "qk_norm": "learned", "n_heads": 3, "d_head": 10},
     "qwen3": {**LLAMA, "qk_norm": "true", "tie_embeddings": "true", "n_kv_heads": 2},
     "qwen3 with learned scales": {**LLAMA, "qk_norm": "learned", "n_kv_heads": 2},
     "arcee with biases": {"qk_norm": "false", "bias": "true"},
@@ -115,10 +117,11 @@ def their_llama(**options: Any) -> Any:
         lambda: their_gpt2(),
         lambda: their_gpt2(tie_word_embeddings=False, n_inner=100),
         lambda: their_llama(),
+        lambda: their_llama(head_dim=32),
         lambda: their_llama(tie_word_embeddings=True, rope_theta=500000.0, rms_norm_eps=1e-3),
         lambda: their_llama(num_key_value_heads=4, attention_bias=True, mlp_bias=True),
     ],
-    ids=["gpt2", "gpt2 untied", "llama", "llama tied", "llama with biases"],
+    ids=["gpt2", "gpt2 untied", "llama", "llama with wide heads", "llama tied", "llama with biases"],
 )
 def test_import_has_the_same_logits(theirs: Any) -> None:
     hf_model = theirs()
@@ -175,6 +178,8 @@ def test_gpt2_weights_map_one_to_one() -> None:
         ({**GPT2, "n_kv_heads": 2}, "GPT-2.*no model.n_kv_heads=2", "model.n_kv_heads=4"),
         ({**GPT2, "activation": "swiglu"}, "GPT-2.*no model.activation=swiglu", "model.activation=gelu"),
         ({**GPT2, "norm": "rmsnorm"}, "GPT-2.*no model.norm=rmsnorm", "model.norm=layernorm"),
+        ({**GPT2, "d_head": 32}, "GPT-2.*no model.d_head=32", "model.d_head=16"),
+        ({"d_head": 32}, "Apertus.*no model.d_head=32", "model.d_head=16"),
         ({**GPT2, "qk_norm": "true"}, "GPT-2.*no model.qk_norm=true", "model.qk_norm=false"),
     ],
 )
@@ -189,7 +194,6 @@ def test_option_without_counterpart_is_named(options: dict[str, Any], there: str
         (lambda: their_gpt2(activation_function="relu"), "activation_function=relu"),
         (lambda: their_gpt2(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
         (lambda: their_llama(hidden_act="gelu"), "hidden_act=gelu"),
-        (lambda: their_llama(head_dim=32), "head_dim=32"),
         (lambda: their_llama(attention_bias=True), "mlp_bias=False"),
         (lambda: their_llama(rope_parameters={"rope_type": "linear", "factor": 2.0}), "rope_type=linear"),
         (lambda: their_gpt2().transformer, "A GPT2Model cannot be imported"),

@@ -121,7 +121,7 @@ LLAMA3 = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **SCAL
         ("Llama", torch.bfloat16, {"tie_word_embeddings": True}),
         ("GPT2", torch.float32, {}),
         ("Mistral", torch.float32, {"sliding_window": None}),
-        ("Qwen3", torch.float32, {"head_dim": 8}),
+        ("Qwen3", torch.float32, {"head_dim": 12}),
     ],
     ids=["llama3", "bf16", "gpt2", "mistral", "qwen3"],
 )

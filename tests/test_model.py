@@ -260,8 +260,13 @@ class TestTransformer:
     def test_counts_floating_point_operations_as_palm_does(self) -> None:
         with torch.device("meta"):
             model = Transformer(load_config([], ["model.variant=gpt2-small"]).model)
+            wide = Transformer(load_config([], ["model.variant=gpt2-small", "model.d_head=128"]).model)
         # nanoGPT's estimate for the same model: six for each weight but the positions, and attention's share.
         assert model.flops_per_token(1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 12 * 64 * 1024
+        # Four matrices of each layer, three with biases, are 768 wider one way; so is attention.
+        wider = 4 * 768 * 768 + 3 * 768
+        assert wide.num_parameters() - model.num_parameters() == 12 * wider
+        assert wide.flops_per_token(1024) - model.flops_per_token(1024) == 12 * (6 * wider + 12 * 768 * 1024)
 
 
 class TestLoss:

@@ -44,7 +44,7 @@ WAYS = {
     4: [
         ["training.parallelism=fsdp", "training.tensor_parallel=2", *LOGITS, *MATRICES, *SCALES],
         ["training.parallelism=ddp", "training.tensor_parallel=2", *DROPOUT],
-        ["training.tensor_parallel=4", *LOGITS],
+        ["training.tensor_parallel=4", "model.d_head=6", *LOGITS],
     ],
 }
 training.muon.has_fast_bfloat16 = lambda device: False

@@ -14,7 +14,7 @@ from model.huggingface.names import KIN, LLAMA, QKV, VOCABULARY_TABLES, Kin, gpt
 from model.transformer import Transformer
 
 _ACTIVATIONS = {"swiglu": "silu", "squared_relu": "relu2"}
-_NEUTRAL = {key: value for key, value in BEFORE["model"].items() if key != "window_pattern"}
+_NEUTRAL = {key: value for key, value in BEFORE["model"].items() if key not in ("d_head", "window_pattern")}
 
 
 def to_huggingface(model: Transformer) -> Any:
@@ -41,7 +41,7 @@ def to_huggingface(model: Transformer) -> Any:
     theirs: Any
     if config.position == "learned":
         gpt2 = {"norm": "layernorm", "activation": "gelu", "qk_norm": False, "n_kv_heads": config.n_heads}
-        _require("GPT-2", config, **gpt2, **_NEUTRAL)
+        _require("GPT-2", config, **gpt2, **_usual_heads(config), **_NEUTRAL)
         theirs = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
                 n_positions=config.context_length,
@@ -72,7 +72,7 @@ def to_huggingface(model: Transformer) -> Any:
 
 def _require(counterpart: str, config: ModelConfig, **needed: Any) -> None:
     """Raise `UserError` unless every option in `needed` has the value that the counterpart knows."""
-    values = {**config.model_dump(), "n_kv_heads": config.kv_heads}
+    values = {**config.model_dump(), "n_kv_heads": config.kv_heads, "d_head": config.head_dim}
     wrong = [key for key, value in needed.items() if values[key] != value]
     if wrong:
         there = ", ".join(f"model.{key}={_yaml(values[key])}" for key in wrong)
@@ -81,6 +81,11 @@ def _require(counterpart: str, config: ModelConfig, **needed: Any) -> None:
             f"Hugging Face's {counterpart}, the counterpart of model.position={config.position}, has no {there}. "
             f"Only a model trained with {instead} can be exported to it."
         )
+
+
+def _usual_heads(config: ModelConfig) -> dict[str, int]:
+    """The width of heads where there is no choice."""
+    return {"d_head": config.d_model // config.n_heads}
 
 
 def _yaml(value: Any) -> str:
@@ -98,6 +103,8 @@ def _kin_of(config: ModelConfig) -> Kin:
     del needed["rope_scaling"]
     if "mlp_bias" not in kin.options:
         needed["bias"] = False
+    if "head_dim" not in kin.options:
+        needed |= _usual_heads(config)
     _require(kin.name, config, **needed)
     return kin
 

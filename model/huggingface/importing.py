@@ -116,10 +116,9 @@ def _config_of_gpt2(theirs: Any, wanted: int | None) -> ModelConfig:
 def _config_of_kin(kin: Kin, theirs: Any, wanted: int | None) -> ModelConfig:
     context_length = _context(theirs, wanted)
     activations = {"swiglu": ("silu", "swish"), "squared_relu": ("relu2",)}[kin.activation]
-    width = theirs.hidden_size // theirs.num_attention_heads
+    width = theirs.head_dim if "head_dim" in kin.options else None
     bias = getattr(theirs, "attention_bias", False)
-    own = {"head_dim": (width, None), "mlp_bias": (bias,)}
-    _refuse(theirs, hidden_act=activations, **{key: own[key] for key in kin.options})
+    _refuse(theirs, hidden_act=activations, **({"mlp_bias": (bias,)} if "mlp_bias" in kin.options else {}))
     if "mlp_bias" not in kin.options and bias:
         _refuse(theirs, attention_bias=(False,))
     if getattr(theirs, "use_sliding_window", False):
@@ -149,8 +148,13 @@ def _config_of_kin(kin: Kin, theirs: Any, wanted: int | None) -> ModelConfig:
         dropout=0.0,
         init_std=theirs.initializer_range,
         zero_init_projections=False,
-        **(BEFORE["model"] | {"rope_scaling": _rope_scaling(theirs)}),
+        **(BEFORE["model"] | {"d_head": _own_width(theirs, width), "rope_scaling": _rope_scaling(theirs)}),
     )
+
+
+def _own_width(theirs: Any, width: int | None) -> int | None:
+    """The width of a head, unless it is what it is where nothing is said."""
+    return None if width in (None, theirs.hidden_size / theirs.num_attention_heads) else width
 
 
 def _rope_scaling(theirs: Any) -> RopeScaling | None:
