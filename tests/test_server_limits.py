@@ -21,23 +21,25 @@ import openai
 import pytest
 import torch
 
-from tests.server_process import CONTEXT, Server, eventually, server_workspace, serving
+from tests.server_process import Server, eventually, server_workspace, serving
 from tests.workspace import Workspace, command
 
-LONG: dict[str, Any] = {"prompt": "The quick", "max_tokens": CONTEXT, "temperature": 0}  # takes seconds
+LENGTH = 16_384  # of a text that takes seconds, as nothing in it can be guessed
+LONG: dict[str, Any] = {"prompt": "The quick", "max_tokens": LENGTH, "temperature": 1, "seed": 3}
 SHORT: dict[str, Any] = {"prompt": "The quick", "max_tokens": 1}
 KEY = "sk-correct-horse"
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return server_workspace(tmp_path_factory.mktemp("workspace"))
+    return server_workspace(tmp_path_factory.mktemp("workspace"), f"model.context_length={LENGTH}")
 
 
 @pytest.fixture(scope="module")
 def server(workspace: Workspace) -> Iterator[Server]:
     """Two slots, two places in the queue, a short patience, a key."""
-    narrow = ["--max-concurrent", "2", "--queue", "2", "--timeout", "60", "--max-body", "10KB", "--max-tokens", "2048"]
+    narrow = ["--max-concurrent", "2", "--queue", "2", "--timeout", "60", "--max-body", "10KB"]
+    narrow += ["--max-tokens", str(LENGTH)]
     with serving(workspace.folder, *narrow, "--max-prompt-tokens", "500", QUERN_API_KEY=KEY) as running:
         yield running
 
@@ -92,7 +94,8 @@ class TestLimits:
     def test_a_full_queue_says_when_to_come_again(self, server: Server) -> None:
         answers: list[httpx.Response] = []
         crowd = [
-            threading.Thread(target=lambda: answers.append(post(server, {**LONG, "max_tokens": 200}))) for _ in range(9)
+            threading.Thread(target=lambda: answers.append(post(server, {**LONG, "max_tokens": 1000})))
+            for _ in range(9)
         ]
         for one in crowd:
             one.start()
@@ -110,7 +113,7 @@ class TestLimits:
         answer = post(server, {"prompt": [5] * 501})
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "prompt_too_long")
         assert re.search("500 tokens.*501 tokens", answer.json()["error"]["message"])
-        answer = post(server, {**SHORT, "max_tokens": 3000})
+        answer = post(server, {**SHORT, "max_tokens": LENGTH + 1})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_tokens")
         assert post(server, {**SHORT, "n": 5}).json()["error"]["param"] == "n"
 
@@ -236,7 +239,7 @@ class TestWhatItRefusesToStartWith:
 
     def test_more_texts_than_there_is_memory_for(self, workspace: Workspace) -> None:
         refusal = self.refusal(workspace.folder, "--max-concurrent", "1000000000")
-        assert "1,000,000,000 texts at once of up to 2,048 tokens" in refusal and "--max-concurrent" in refusal
+        assert f"1,000,000,000 texts at once of up to {LENGTH:,} tokens" in refusal and "--max-concurrent" in refusal
 
     def test_a_port_that_is_taken(self, workspace: Workspace, server: Server) -> None:
         port = server.address.rpartition(":")[2]
