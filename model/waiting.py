@@ -95,26 +95,24 @@ class CoreWatch(threading.Thread):
 class Sleep:
     """From when it is made until `end`, OpenMP's threads sleep as soon as they wait; several may overlap."""
 
-    _lock = threading.Lock()
-    _count = 0
+    _lock = threading.RLock()  # which a thread may hold already: what it throws away there may have had a sleep to end
+    _all: set[Sleep] = set()
     _teams: tuple[_Team, ...] = ()
 
     def __init__(self) -> None:
         import torch
 
-        self._ended = False
         cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
         with Sleep._lock:
-            Sleep._count += 1
+            Sleep._all.add(self)
             if not Sleep._teams and threads > 1:
                 Sleep._teams = tuple(_Team() for _ in range((cores - threads) // (threads - 1) + 1))
 
     def end(self) -> None:
         """Let them spin again, unless another one keeps them from it."""
         with Sleep._lock:
-            Sleep._count -= not self._ended
-            self._ended = True
-            if not Sleep._count:
+            Sleep._all.discard(self)
+            if not Sleep._all:
                 for team in Sleep._teams:
                     team.release()
                 Sleep._teams = ()

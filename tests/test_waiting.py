@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from model.waiting import Use, crowded, use_of_cores
+from model.waiting import Sleep, Use, crowded, use_of_cores
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's /proc")
 
@@ -114,3 +115,16 @@ def test_threads_sleep_while_a_crew_decodes() -> None:
     done = subprocess.run([sys.executable, "-c", CREWS], env=environment, capture_output=True, text=True, timeout=300)
 
     assert done.stdout.split() == ["True", "True", "False"], done.stderr
+
+
+def test_what_is_collected_while_another_begins_to_sleep_may_end() -> None:
+    """A collection may come at any moment, in the thread that is about to make one."""
+
+    def collected() -> None:
+        with Sleep._lock:
+            Sleep().end()
+
+    thread = threading.Thread(target=collected, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
