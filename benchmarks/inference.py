@@ -1,7 +1,8 @@
-"""Decoding on a CPU: tokens a second, and their share of what the memory allows, beside the peers.
+"""Decoding on a CPU or GPU: tokens a second, and their share of what the memory allows, beside the peers.
 
     python -m benchmarks.inference
     python -m benchmarks.inference model.variant=gpt2-small --rows 1 --rows 8 --rows 32
+    python -m benchmarks.inference --device cuda --tokens 256
     python -m benchmarks.inference --llama ../llama/bin/python --gguf small-f32.gguf --gguf small-q8_0.gguf
 
 All have the same random weights (a GGUF file is its maker's matter; the speed does not depend on the weights) and go on
@@ -11,6 +12,9 @@ sum, whichever is fastest in the median. The share is that of the bytes of the w
 a second of one row, in the bytes that were read a second in the same round. Peers: Hugging Face's `generate` on the
 exported model; the model's own forward pass on the same cache, which is what runs where there are no kernels; and
 llama.cpp, through a Python that has llama-cpp-python.
+
+On a GPU ours runs in compiled steps too, and its memory is read by PyTorch's sum and by its product of a matrix and a
+vector.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ from config.command import Overrides, Recipe, run
 from config.load import load_config, with_vocab_size
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from model.transformer import Transformer
 
 PROMPT = list(range(100, 132))
@@ -58,6 +64,7 @@ def compare(
     rows: Annotated[list[int] | None, typer.Option(help="Texts at once; may be repeated.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of a turn.")] = 32,
     rounds: Annotated[int, typer.Option(help="Turns of each.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     llama: Annotated[str | None, typer.Option(help="A Python with llama-cpp-python.")] = None,
     gguf: Annotated[list[Path] | None, typer.Option(help="A file for it; may be repeated.")] = None,
 ) -> None:
@@ -72,16 +79,19 @@ def compare(
     from model.transformer import Transformer
 
     settings = load_config([config] if config else [], overrides or ["model.variant=gpt2-small"])
-    model = Transformer(with_vocab_size(settings, settings.model.vocab_size or 32768).model).eval()
+    model = Transformer(with_vocab_size(settings, settings.model.vocab_size or 32768).model).eval().to(device)
     variants: dict[str, Transformer] = {"fp32": model, "bf16": copy.deepcopy(model).bfloat16()}
-    for kind in ("int8", "int4"):
+    compiling = (False,) if device == "cpu" else (False, True)
+    for kind in ("int8", "int4") if device == "cpu" else ():
         variants[kind] = copy.deepcopy(model)
         quantize_(variants[kind], kind)
     for variant in variants.values():
         settle_(variant)
     for count in rows or [1]:
         contenders: dict[str, tuple[Write, int]] = {
-            f"Quern, {name}": (ours(variant, count), weight_bytes(variant)) for name, variant in variants.items()
+            f"Quern, {name}{', compiled' * compiled}": (ours(variant, count, compiled), weight_bytes(variant))
+            for name, variant in variants.items()
+            for compiled in compiling
         }
         contenders["the model itself, fp32"] = forward(model, count), weight_bytes(model)
         for name in ("fp32", "bf16"):
@@ -92,13 +102,21 @@ def compare(
                     llama_cpp(llama, file, model.config.context_length),
                     file.stat().st_size,
                 )
-        _report(contenders, count, tokens, rounds, torch.get_num_threads())
+        memory = Memory() if device == "cpu" else DeviceMemory(device)
+        where = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
+        _report(contenders, count, tokens, rounds, memory, where)
 
 
-def _report(contenders: dict[str, tuple[Write, int]], rows: int, tokens: int, rounds: int, threads: int) -> None:
+def _report(
+    contenders: dict[str, tuple[Write, int]],
+    rows: int,
+    tokens: int,
+    rounds: int,
+    memory: Memory | DeviceMemory,
+    where: str,
+) -> None:
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     reads: dict[str, list[list[float]]] = {name: [] for name in contenders}
-    memory = Memory()
     memory.rates()
     for write, _ in contenders.values():
         write(2)
@@ -108,7 +126,7 @@ def _report(contenders: dict[str, tuple[Write, int]], rows: int, tokens: int, ro
             rates[name].append(rows * tokens / write(tokens))
     ways = [statistics.median(way) for way in zip(*(read for part in reads.values() for read in part))]
     best = ways.index(max(ways))
-    title = f"{rows} rows, {threads} threads, {ways[best] / 1e9:.1f} GB/s read"
+    title = f"{rows} rows, {where}, {ways[best] / 1e9:.1f} GB/s read"
     table = Table("", "tokens/s", "lowest", "highest", "MB per token", "share of the memory", title=title)
     for name, values in rates.items():
         size = contenders[name][1]
@@ -125,28 +143,60 @@ class Memory:
     def __init__(self) -> None:
         import torch
 
-        from inference.crew import Crew
         from inference.memory import settle_
 
         holder = torch.nn.Module()
         holder.register_buffer("numbers", torch.ones(2**28))
         settle_(holder)
         self._numbers = cast(Any, holder).numbers
-        self._crew, self._sums = Crew(torch.get_num_threads()), np.zeros(torch.get_num_threads(), np.float32)
+        self._sums = np.zeros(torch.get_num_threads(), np.float32)
 
     def rates(self) -> list[float]:
         """Bytes a second that all threads together read, in several ways."""
         from benchmarks.reading import read
+        from inference.crew import Crew
 
+        crew = Crew(len(self._sums))  # which PyTorch's threads sleep for, so it goes before others have their turn
         seconds = []
         for apart in (1, 2, 4):
             begin = time.perf_counter()
-            self._crew.run(read, self._numbers.data_ptr(), len(self._numbers), apart, self._sums)
+            crew.run(read, self._numbers.data_ptr(), len(self._numbers), apart, self._sums)
             seconds.append(time.perf_counter() - begin)
             assert self._sums.sum() == len(self._numbers), "not every number was read once"
         begin = time.perf_counter()
         self._numbers.sum()
         return [self._numbers.nbytes / taken for taken in (*seconds, time.perf_counter() - begin)]
+
+
+class DeviceMemory:
+    """4 GiB on a GPU, or another device that PyTorch knows."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._numbers = torch.ones(2**15, 2**16, dtype=torch.bfloat16, device=device)
+        self._vector = torch.ones(2**16, dtype=torch.bfloat16, device=device)
+
+    def rates(self) -> list[float]:
+        """Bytes a second that are read, in several ways."""
+        ways: list[Callable[[], Tensor]] = [lambda: self._numbers.sum(), lambda: self._numbers @ self._vector]
+        seconds = []
+        for way in ways:
+            way()
+            _finish(self._numbers)
+            begin = time.perf_counter()
+            way()
+            _finish(self._numbers)
+            seconds.append(time.perf_counter() - begin)
+        return [self._numbers.nbytes / taken for taken in seconds]
+
+
+def _finish(tensor: Tensor) -> None:
+    """Wait until the device of `tensor` has done what it was asked."""
+    import torch
+
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
 
 
 def weight_bytes(model: Transformer) -> int:
@@ -158,7 +208,7 @@ def weight_bytes(model: Transformer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def ours(model: Transformer, rows: int) -> Write:
+def ours(model: Transformer, rows: int, compiled: bool = False) -> Write:
     """The engine, as every command uses it."""
     from inference.engine import Engine, Request
     from inference.sampling import SamplingSettings
@@ -166,8 +216,10 @@ def ours(model: Transformer, rows: int) -> Write:
     greedy = SamplingSettings(temperature=0.0)
     tokenizer: Any = _NoText(cast(int, model.config.vocab_size))
 
+    kept = Engine(model, tokenizer, rows, compiled=True) if compiled else None  # to compile takes minutes
+
     def write(tokens: int) -> float:
-        engine = Engine(model, tokenizer, rows)
+        engine = kept or Engine(model, tokenizer, rows)
         for row in range(rows):
             engine.submit(Request([*PROMPT[:-1], 200 + row], tokens + 1, greedy))
         while len(engine.step()) < rows:
@@ -175,6 +227,7 @@ def ours(model: Transformer, rows: int) -> Write:
         begin = time.perf_counter()
         for _ in range(tokens):
             engine.step()
+        assert not engine.busy, "a text went on"
         return time.perf_counter() - begin
 
     return write
@@ -204,7 +257,8 @@ def forward(model: Transformer, rows: int) -> Write:
 
     @torch.inference_mode()
     def write(tokens: int) -> float:
-        runner = ModelRunner(model, KVCache(model.config, rows))
+        weight = model.token_embedding.weight
+        runner = ModelRunner(model, KVCache(model.config, rows, device=weight.device, dtype=weight.dtype))
         logits = runner.run([Chunk(row, 0, PROMPT) for row in range(rows)])
         begin = time.perf_counter()
         for step in range(tokens):
@@ -223,13 +277,15 @@ def hugging_face(model: Transformer, rows: int) -> Write:
     from model.huggingface.exporting import to_huggingface
 
     cast(Any, transformers).logging.set_verbosity_error()
-    theirs = to_huggingface(model).eval()
-    prompt = torch.tensor([PROMPT] * rows)
+    device = model.token_embedding.weight.device
+    theirs = to_huggingface(model).eval().to(device)
+    prompt = torch.tensor([PROMPT] * rows, device=device)
 
     def timed(tokens: int) -> float:
         begin = time.perf_counter()
         how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, **how)
+        _finish(prompt)
         return time.perf_counter() - begin
 
     return lambda tokens: timed(tokens + 1) - timed(1)

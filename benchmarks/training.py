@@ -200,6 +200,8 @@ def _checkouts(peers: list[str], needed: str | None = None) -> dict[str, str]:
 
 def _task(settings: Config, peer: str, checkout: str) -> Task:
     """What a peer is told, in the shape of `settings`."""
+    if settings.model.d_head is not None:
+        raise UserError("The peers' heads are d_model / n_heads wide. Leave model.d_head out.")
     tokens_dir = Path(settings.data.tokens_dir).resolve()
     return Task(
         peer=peer,

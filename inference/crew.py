@@ -8,6 +8,7 @@ another by looking at a counter, and stay awake for a while after a step, in whi
 from __future__ import annotations
 
 import operator
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -105,7 +106,8 @@ class Crew:
         self._counter: int = self._lines.ctypes.data
         self._working: dict[int, Future[Any]] = {}
         self._called: tuple[Any, ...] = ()
-        if threads > 1 and sys.platform == "linux":
+        # With fewer cores, PyTorch's threads that spin are in the way of these.
+        if sys.platform == "linux" and len(os.sched_getaffinity(0)) < 2 * threads - 1:
             weakref.finalize(self, Sleep().end)
 
     def run(self, work: Callable[..., Any], *arguments: Any) -> None:

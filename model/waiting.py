@@ -103,10 +103,21 @@ class Sleep:
         import torch
 
         cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+        begun: list[_Team] = []
         with Sleep._lock:
+            try:
+                if not Sleep._teams and threads > 1 and not any(name in os.environ for name in SETTINGS):
+                    for _ in range((cores - threads) // (threads - 1) + 1):
+                        begun.append(_Team())
+            except BaseException:
+                for team in begun:
+                    team.release()
+                raise
+            Sleep._teams = Sleep._teams or tuple(begun)
             Sleep._all.add(self)
-            if not Sleep._teams and threads > 1:
-                Sleep._teams = tuple(_Team() for _ in range((cores - threads) // (threads - 1) + 1))
+        # A thread that is at work in PyTorch when the process ends would bring it down.
+        for team in begun:
+            team.asleep.wait()
 
     def end(self) -> None:
         """Let them spin again, unless another one keeps them from it."""
@@ -123,13 +134,14 @@ class _Team(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="sleeping-team", daemon=True)
-        self._released = threading.Event()
+        self._released, self.asleep = threading.Event(), threading.Event()
         self.start()
 
     def run(self) -> None:
         import torch
 
         torch.empty(ENOUGH).fill_(0.0)
+        self.asleep.set()
         self._released.wait()
 
     def release(self) -> None:

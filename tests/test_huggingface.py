@@ -188,6 +188,12 @@ def test_option_without_counterpart_is_named(options: dict[str, Any], there: str
         to_huggingface(Transformer(config_of(**options)))
 
 
+@pytest.mark.parametrize("kind", [GPT2, LLAMA, {"qk_norm": "false"}, {}], ids=["gpt2", "llama", "arcee", "apertus"])
+def test_heads_that_must_divide_the_width_are_named(kind: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="multiple of model.n_heads=4 for model.d_model, which is 50"):
+        to_huggingface(Transformer(config_of(**{**kind, "d_model": 50, "d_head": 12})))
+
+
 @pytest.mark.parametrize(
     "theirs, message",
     [

@@ -44,7 +44,8 @@ print(crowded, settled(False))
 
 # Threads of decoding wait in their own way; PyTorch's may spin again only when the last of them are forgotten.
 CREWS = """
-import threading, time
+import os, threading, time
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 import torch
 from inference.crew import Crew
 
@@ -115,6 +116,19 @@ def test_threads_sleep_while_a_crew_decodes() -> None:
     done = subprocess.run([sys.executable, "-c", CREWS], env=environment, capture_output=True, text=True, timeout=300)
 
     assert done.stdout.split() == ["True", "True", "False"], done.stderr
+
+    environment["OMP_WAIT_POLICY"] = "active"
+    done = subprocess.run([sys.executable, "-c", CREWS], env=environment, capture_output=True, text=True, timeout=300)
+
+    assert done.stdout.split() == ["False", "False", "False"], done.stderr
+
+
+def test_a_process_may_end_as_soon_as_a_crew_is_made() -> None:
+    script = CREWS.partition("print")[0]
+
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "2"}, timeout=300)
+        assert done.returncode == 0
 
 
 def test_what_is_collected_while_another_begins_to_sleep_may_end() -> None:

@@ -41,6 +41,7 @@ def to_huggingface(model: Transformer) -> Any:
     theirs: Any
     if config.position == "learned":
         gpt2 = {"norm": "layernorm", "activation": "gelu", "qk_norm": False, "n_kv_heads": config.n_heads}
+        _check_heads("GPT-2", config)
         _require("GPT-2", config, **gpt2, **_usual_heads(config), **_NEUTRAL)
         theirs = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
@@ -83,6 +84,14 @@ def _require(counterpart: str, config: ModelConfig, **needed: Any) -> None:
         )
 
 
+def _check_heads(counterpart: str, config: ModelConfig) -> None:
+    if config.d_model % config.n_heads:
+        raise UserError(
+            f"Hugging Face's {counterpart} wants a multiple of model.n_heads={config.n_heads} for model.d_model, which "
+            f"is {config.d_model}, whatever model.d_head is. Only a model trained with one can be exported to it."
+        )
+
+
 def _usual_heads(config: ModelConfig) -> dict[str, int]:
     """The width of heads where there is no choice."""
     return {"d_head": config.d_model // config.n_heads}
@@ -103,6 +112,8 @@ def _kin_of(config: ModelConfig) -> Kin:
     del needed["rope_scaling"]
     if "mlp_bias" not in kin.options:
         needed["bias"] = False
+    if kin.name != "Qwen3":
+        _check_heads(kin.name, config)
     if "head_dim" not in kin.options:
         needed |= _usual_heads(config)
     _require(kin.name, config, **needed)

@@ -116,7 +116,7 @@ def _config_of_gpt2(theirs: Any, wanted: int | None) -> ModelConfig:
 def _config_of_kin(kin: Kin, theirs: Any, wanted: int | None) -> ModelConfig:
     context_length = _context(theirs, wanted)
     activations = {"swiglu": ("silu", "swish"), "squared_relu": ("relu2",)}[kin.activation]
-    width = theirs.head_dim if "head_dim" in kin.options else None
+    width = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     bias = getattr(theirs, "attention_bias", False)
     _refuse(theirs, hidden_act=activations, **({"mlp_bias": (bias,)} if "mlp_bias" in kin.options else {}))
     if "mlp_bias" not in kin.options and bias:
@@ -152,9 +152,9 @@ def _config_of_kin(kin: Kin, theirs: Any, wanted: int | None) -> ModelConfig:
     )
 
 
-def _own_width(theirs: Any, width: int | None) -> int | None:
+def _own_width(theirs: Any, width: int) -> int | None:
     """The width of a head, unless it is what it is where nothing is said."""
-    return None if width in (None, theirs.hidden_size / theirs.num_attention_heads) else width
+    return None if width == theirs.hidden_size / theirs.num_attention_heads else width
 
 
 def _rope_scaling(theirs: Any) -> RopeScaling | None:
