@@ -87,6 +87,8 @@ def compare(
         quantize_(variants[kind], kind)
     for variant in variants.values():
         settle_(variant)
+    memory = Memory() if device == "cpu" else DeviceMemory(device)
+    where = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
     for count in rows or [1]:
         contenders: dict[str, tuple[Write, int]] = {
             f"Quern, {name}{', compiled' * compiled}": (ours(variant, count, compiled), weight_bytes(variant))
@@ -102,8 +104,6 @@ def compare(
                     llama_cpp(llama, file, model.config.context_length),
                     file.stat().st_size,
                 )
-        memory = Memory() if device == "cpu" else DeviceMemory(device)
-        where = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
         _report(contenders, count, tokens, rounds, memory, where)
 
 
@@ -179,24 +179,18 @@ class DeviceMemory:
 
     def rates(self) -> list[float]:
         """Bytes a second that are read, in several ways."""
+        from training.throughput import wait_for
+
         ways: list[Callable[[], Tensor]] = [lambda: self._numbers.sum(), lambda: self._numbers @ self._vector]
         seconds = []
         for way in ways:
             way()
-            _finish(self._numbers)
+            wait_for(self._numbers.device)
             begin = time.perf_counter()
             way()
-            _finish(self._numbers)
+            wait_for(self._numbers.device)
             seconds.append(time.perf_counter() - begin)
         return [self._numbers.nbytes / taken for taken in seconds]
-
-
-def _finish(tensor: Tensor) -> None:
-    """Wait until the device of `tensor` has done what it was asked."""
-    import torch
-
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)
 
 
 def weight_bytes(model: Transformer) -> int:
@@ -275,6 +269,7 @@ def hugging_face(model: Transformer, rows: int) -> Write:
     import transformers
 
     from model.huggingface.exporting import to_huggingface
+    from training.throughput import wait_for
 
     cast(Any, transformers).logging.set_verbosity_error()
     device = model.token_embedding.weight.device
@@ -285,7 +280,7 @@ def hugging_face(model: Transformer, rows: int) -> Write:
         begin = time.perf_counter()
         how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, **how)
-        _finish(prompt)
+        wait_for(device)
         return time.perf_counter() - begin
 
     return lambda tokens: timed(tokens + 1) - timed(1)

@@ -34,8 +34,12 @@ def watch_cores() -> None:
     What the user has set by an environment variable stands.
     """
     os.environ.setdefault("KMP_BLOCKTIME", "1")  # LLVM's and Intel's OpenMP take one time for good
-    if sys.platform == "linux" and os.access(USE, os.R_OK) and not any(name in os.environ for name in SETTINGS):
+    if sys.platform == "linux" and os.access(USE, os.R_OK) and not _user_decides():
         CoreWatch(use_of_cores).start()
+
+
+def _user_decides() -> bool:
+    return any(name in os.environ for name in SETTINGS)
 
 
 class Use(NamedTuple):
@@ -106,7 +110,7 @@ class Sleep:
         begun: list[_Team] = []
         with Sleep._lock:
             try:
-                if not Sleep._teams and threads > 1 and not any(name in os.environ for name in SETTINGS):
+                if not Sleep._teams and threads > 1 and not _user_decides():
                     for _ in range((cores - threads) // (threads - 1) + 1):
                         begun.append(_Team())
             except BaseException:

@@ -116,10 +116,11 @@ def _config_of_gpt2(theirs: Any, wanted: int | None) -> ModelConfig:
 def _config_of_kin(kin: Kin, theirs: Any, wanted: int | None) -> ModelConfig:
     context_length = _context(theirs, wanted)
     activations = {"swiglu": ("silu", "swish"), "squared_relu": ("relu2",)}[kin.activation]
-    width = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     bias = getattr(theirs, "attention_bias", False)
-    _refuse(theirs, hidden_act=activations, **({"mlp_bias": (bias,)} if "mlp_bias" in kin.options else {}))
-    if "mlp_bias" not in kin.options and bias:
+    _refuse(theirs, hidden_act=activations)
+    if "mlp_bias" in kin.options:
+        _refuse(theirs, mlp_bias=(bias,))
+    elif bias:
         _refuse(theirs, attention_bias=(False,))
     if getattr(theirs, "use_sliding_window", False):
         _refuse(theirs, use_sliding_window=(False,))
@@ -148,12 +149,13 @@ def _config_of_kin(kin: Kin, theirs: Any, wanted: int | None) -> ModelConfig:
         dropout=0.0,
         init_std=theirs.initializer_range,
         zero_init_projections=False,
-        **(BEFORE["model"] | {"d_head": _own_width(theirs, width), "rope_scaling": _rope_scaling(theirs)}),
+        **(BEFORE["model"] | {"d_head": _head_width(theirs), "rope_scaling": _rope_scaling(theirs)}),
     )
 
 
-def _own_width(theirs: Any, width: int) -> int | None:
+def _head_width(theirs: Any) -> int | None:
     """The width of a head, unless it is what it is where nothing is said."""
+    width: int = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     return None if width == theirs.hidden_size / theirs.num_attention_heads else width
 
 
